@@ -1,0 +1,38 @@
+# Everything here makes its own environment first: it needs make, Python 3.11 or newer, and a network the first time.
+# PYTHON=...       the Python to use (default: python3.11, else python3)
+# VENV_CACHE=...   where environments are kept, shared by clones (default: ~/.cache/fma2d); empty: in the clone
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+VENV_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fma2d
+RUN = PYTHONPATH="$(CURDIR)" .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint docs clean venv
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@echo; sed -n 's/^# \([A-Z_]*=\)/\1/p' Makefile
+
+demo: venv  ## show what fma2d does
+	$(RUN) tools/demo.py
+
+test: venv  ## the tests without the slow ones
+	$(RUN) -m pytest -q -m "not slow" --durations=15
+
+test-all: venv  ## all tests
+	$(RUN) -m pytest -q --durations=15
+
+lint: venv  ## style and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+docs: venv  ## the documentation, into site/
+	$(RUN) -m mkdocs build --strict
+
+clean:  ## remove what tests and builds leave; the environment stays
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+venv:
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or name one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" tools/make_venv.py --cache "$(VENV_CACHE)" requirements/dev.txt requirements/no-deps.txt

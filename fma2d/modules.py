@@ -1,0 +1,195 @@
+"""Attention modules over a grid of tokens: projections around `multipole_attention`, and the learned kernels."""
+
+import torch
+from torch import Tensor, nn
+
+from .aggregation import start_kernels
+from .checkpoint import adapt_kernels
+from .geometry import tiling
+from .ops import multipole_attention
+from .ops.checks import check_positive
+
+VARIANTS = ("linear", "loglinear")
+AGGREGATIONS = ("learned", "mean")
+
+
+class _FMA(nn.Module):
+    """Fast Multipole Attention with its projections; `ndim` grid axes.
+
+    All kernels are one parameter `kernels`, `[levels, key | value | query, axis, rank, heads | 1, head_dim, cell_size]`
+    (the query kernels in the linear variant only). It holds densities: the operator's kernels times their
+    `cell_size` bins, of order 1 at every level. It is None where nothing is learned.
+    """
+
+    ndim: int
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        cell_size: int,
+        rank: int,
+        levels: int,
+        variant: str,
+        aggregation: str,
+        share_heads: bool,
+        causal: bool,
+        qkv_bias: bool,
+        proj_drop: float,
+        backend: str,
+    ):
+        super().__init__()
+        for name, value in (("dim", dim), ("num_heads", num_heads), ("cell_size", cell_size), ("rank", rank)):
+            check_positive(name, value)
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
+        if not isinstance(levels, int) or levels < 0:
+            raise ValueError(f"levels must be an integer of at least 0, got {levels!r}")
+        for name, value, known in (("variant", variant, VARIANTS), ("aggregation", aggregation, AGGREGATIONS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if causal and variant == "linear":
+            raise ValueError("causal needs variant 'loglinear': a summary query would hold later tokens")
+        parts = tiling(rank, self.ndim)
+        if aggregation == "learned" and any(cell_size % p for p in parts):
+            raise ValueError(f"rank {rank} tiles a cell as {parts}; each must divide cell_size {cell_size} to be learned")
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.cell_size, self.rank, self.levels = cell_size, rank, levels
+        self.variant, self.aggregation, self.causal, self.backend = variant, aggregation, causal, backend
+        self.share_heads = share_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        learned = aggregation == "learned" and levels > 0
+        self.kernels = nn.Parameter(self.start_kernels()) if learned else None
+        # What the last load_state_dict did to the kernels, beyond copying them: "initialised", "adapted", "dropped".
+        self.load_notes: dict[str, str] = {}
+
+    def start_kernels(self) -> Tensor:
+        """The start value of `kernels`."""
+        heads = 1 if self.share_heads else self.num_heads
+        axes = start_kernels(1, self.cell_size, self.rank, self.ndim, heads, self.head_dim, bins=self.cell_size)
+        kinds = 3 if self.variant == "linear" else 2
+        return torch.stack(axes).mul(self.cell_size).expand(self.levels, kinds, -1, -1, -1, -1, -1).clone()
+
+    def call_options(self) -> dict:
+        """Keyword arguments of `multipole_attention`, the learned kernels among them."""
+        if self.kernels is None:
+            groups = ([], [], [])
+        else:
+            weights = self.kernels / self.cell_size
+            groups = [[list(axes) for axes in kind] for kind in weights.transpose(0, 1)]
+        return dict(
+            key_kernels=groups[0],
+            value_kernels=groups[1],
+            query_kernels=groups[2] if self.variant == "linear" else None,
+            cell_size=self.cell_size,
+            rank=self.rank,
+            causal=self.causal,
+            backend=self.backend,
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v `[B, heads, *grid, head_dim]` of x `[B, *grid, dim]`; views, channels last in memory."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return tuple(t.movedim(-2, 1) for t in qkv.unbind(-3))
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """`[B, *grid, dim]` to the same; `key_mask` bool, broadcastable to `[B, *grid]`, True where a token exists."""
+        if x.dim() != self.ndim + 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have {self.ndim + 2} axes, the last of {self.dim} channels, got {tuple(x.shape)}")
+        out = multipole_attention(*self.project(x), key_mask=key_mask, **self.call_options())
+        return self.proj_drop(self.proj(out.movedim(1, -2).flatten(-2)))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        self.load_notes = {}
+        name = prefix + "kernels"
+        stored = state_dict.pop(name, None)
+        if self.kernels is None:
+            if stored is not None:
+                self.load_notes["dropped"] = f"{stored.shape[0]} learned levels"
+        elif stored is None or stored.shape[0] == 0:
+            state_dict[name] = self.start_kernels()
+            self.load_notes["initialised"] = "all kernels"
+        else:
+            try:
+                state_dict[name], self.load_notes = adapt_kernels(stored, self.start_kernels())
+            except ValueError as error:
+                errors.append(f"{name}: {error}")
+                state_dict[name] = self.kernels.detach()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+    def extra_repr(self) -> str:
+        return (
+            f"cell_size={self.cell_size}, rank={self.rank}, levels={self.levels}, variant={self.variant!r}, "
+            f"aggregation={self.aggregation!r}, backend={self.backend!r}"
+        )
+
+
+class FMA2d(_FMA):
+    """Fast Multipole Attention on images: `[B, H, W, dim]` to `[B, H, W, dim]`, any H and W.
+
+    Args:
+        dim: channels.
+        num_heads: heads, a divisor of dim.
+        cell_size: tokens per side of a base cell.
+        rank: summary tokens per coarse cell, tiled as `p_1 x p_2`; both must divide `cell_size` to be learned.
+        levels: coarse levels with learned kernels; coarser ones use the last one's.
+        variant: "linear" (far queries aggregated too) or "loglinear".
+        aggregation: "learned" or "mean" (fixed averaging, no parameters).
+        share_heads: one set of kernels for all heads.
+        backend: see `multipole_attention`.
+    """
+
+    ndim = 2
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        cell_size: int = 8,
+        rank: int = 4,
+        *,
+        levels: int,
+        variant: str = "linear",
+        aggregation: str = "learned",
+        share_heads: bool = False,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            dim, num_heads, cell_size, rank, levels, variant, aggregation, share_heads, False, qkv_bias, proj_drop, backend
+        )
+
+
+class FMA1d(_FMA):
+    """Fast Multipole Attention on sequences: `[B, N, dim]` to `[B, N, dim]`, any N.
+
+    Args:
+        causal: a token attends to nothing on its right (variant "loglinear" only).
+        share_heads: one set of kernels for all heads (the paper's choice in 1D).
+        The others as in `FMA2d`; `rank` must divide `cell_size` to be learned.
+    """
+
+    ndim = 1
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        cell_size: int = 32,
+        rank: int = 4,
+        *,
+        levels: int,
+        causal: bool = False,
+        variant: str = "loglinear",
+        aggregation: str = "learned",
+        share_heads: bool = True,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            dim, num_heads, cell_size, rank, levels, variant, aggregation, share_heads, causal, qkv_bias, proj_drop, backend
+        )

@@ -1,0 +1,102 @@
+"""The public operator: checks its arguments, chooses a backend, runs it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import library, reference
+from .checks import check_call
+from .options import Options
+
+BACKENDS = ("reference", "torch", "triton")
+Kernels = Sequence[Sequence[Tensor]]
+
+
+def multipole_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kernels: Kernels,
+    value_kernels: Kernels,
+    *,
+    cell_size: int,
+    rank: int,
+    query_kernels: Kernels | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    count_bias: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Fast Multipole Attention (Kang, Tran, De Sterck, arXiv:2310.11960v4) over a grid of 1, 2 or 3 axes.
+
+    A query attends to the tokens of its base cell and that cell's neighbours one by one, and to everything else
+    through `rank` summary tokens per coarse cell, the coarser the farther; `fma2d.cover` lists what that is.
+
+    Args:
+        q, k, v: `[B, heads, *grid, head_dim]`, of one shape, dtype (float16, bfloat16, float32 or float64) and device.
+        key_kernels, value_kernels: learned aggregation kernels, a list over levels of lists over axes of
+            `[rank, heads | 1, head_dim | 1, bins]`, where `bins` divides the level's cell side
+            `cell_size * 2**(level - 1)`. Coarser levels use the last ones; `[]` is fixed averaging.
+        cell_size: tokens per side of a base cell.
+        rank: summary tokens per coarse cell.
+        query_kernels: None for the log-linear variant; a list like the others (also `[]`) for the linear one, in
+            which far queries are aggregated too.
+        causal: a token attends to nothing on its right (one axis, log-linear variant).
+        key_mask: bool, broadcastable to `[B, *grid]`, True where the token exists. Where it is False nothing is read,
+            out is 0, lse is -inf and gradients are 0.
+        count_bias: a summary token that speaks for `n` tokens gets `log n` added to its score.
+        scale: factor of every score; default `head_dim ** -0.5`.
+        return_lse: also return the natural log of the sum of the exponentials of all scores, differentiable.
+        backend: "auto", "reference" (dense, slow: the definition), "torch" or "triton".
+
+    Returns:
+        out, like q; with `return_lse` `(out, lse)`, lse `[B, heads, *grid]` in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit; the message names the argument.
+        RuntimeError: if the backend asked for cannot run this call; the message says why.
+    """
+    q, k, v = _autocast(q, k, v)
+    key_mask = check_call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, cell_size, rank, causal, scale)
+    options = Options(cell_size, rank, causal, count_bias, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    if backend == "auto":
+        backend = "triton" if _why_not_triton(q) is None else "torch"
+    elif (reason := why_not(backend, q)) is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
+    if backend == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.attention(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+    else:
+        kernels, levels = library.flatten_kernels(key_kernels, value_kernels, query_kernels)
+        out, lse = library.multipole_attention(
+            q, k, v, kernels, levels, key_mask, cell_size, rank, causal, count_bias, options.scale, backend
+        )
+    return (out, lse) if return_lse else out
+
+
+def why_not(backend: str, q: Tensor, **call_options) -> str | None:
+    """Why a backend cannot run `multipole_attention(q, ..., **call_options)`; None if it can.
+
+    Raises:
+        ValueError: for an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    return _why_not_triton(q) if backend == "triton" else None
+
+
+def _why_not_triton(q: Tensor) -> str | None:
+    return "this version of fma2d has no triton kernels yet"
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts the inputs of `scaled_dot_product_attention`: floats, but not float64."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)

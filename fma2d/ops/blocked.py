@@ -1,0 +1,206 @@
+"""The torch backend: plain PyTorch, linear memory, any device.
+
+Levels run from the coarsest down to 0, the near field; each hands its running softmax (`State`) to the next. In the
+linear variant the state lives on summary queries, and the queries of a sub-cell read that of the summary query they
+belong to; in the log-linear variant it lives on the tokens.
+
+Forward and backward run without autograd, inside the `torch.library` op. `forward` itself is made of differentiable
+operations, which is how the second derivative is had (`library.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from ..aggregation import Aggregation, BlockSums, level_kernels, log_counts
+from ..geometry import cell_side, num_levels, tiling
+from . import windows
+from .options import Options
+from .slabs import ABSENT, State, Windows
+
+Kernels = list[list[Tensor]]
+
+# A grid without coarse levels and of at most this many tokens is one window.
+ONE_WINDOW = 1024
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kernels: Kernels,
+    value_kernels: Kernels,
+    query_kernels: Kernels | None,
+    key_mask: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32 or wider."""
+    call = _Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+    out, lse, _ = call.attend_down_to(0)[-1]
+    out = out.to(q.dtype)
+    if key_mask is not None:
+        out, lse = torch.where(call.exists[..., None], out, 0), torch.where(call.exists, lse, -torch.inf)
+    return out.movedim(-2, 1), lse.movedim(-1, 1)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kernels: Kernels,
+    value_kernels: Kernels,
+    query_kernels: Kernels | None,
+    key_mask: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor,
+) -> tuple[list[Tensor], list[Kernels]]:
+    """Gradients of (q, k, v) and of the (key, value, query) kernels, zero for levels that the grid does not use."""
+    call = _Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+    out, lse, d_out, d_lse = out.movedim(1, -2), lse.movedim(1, -1), d_out.movedim(1, -2), d_lse.movedim(1, -1)
+    if key_mask is not None:
+        d_out, d_lse = torch.where(call.exists[..., None], d_out, 0), torch.where(call.exists, d_lse, 0)
+        lse = torch.where(call.exists, lse, ABSENT)
+
+    delta = _delta(d_out.to(call.dtype), out, d_lse)
+    # The linear variant's gradients pass from state to state; the log-linear entries share one softmax.
+    states = call.attend_down_to(1) if call.linear else [None] * (call.levels + 1)
+    for level in range(call.levels + 1):
+        inputs = call.inputs(level, states.pop())
+        buffers = [source.buffer(level) for source in call.sources]
+        d_state = windows.backward(*inputs, lse, delta, d_out, *buffers)
+        for source, buffer in zip(call.sources, buffers, strict=True):
+            source.collect(level, buffer)
+        if d_state is not None:
+            value, lse, _ = inputs[-1]
+            d_out, delta = d_state.value, _delta(d_state.value, value, d_state.lse)
+
+    d_tokens = []
+    for x, source in zip((q, k, v), call.sources, strict=True):
+        grad = source.token_grad()
+        if key_mask is not None:
+            grad = torch.where(call.exists[..., None], grad, 0)
+        d_tokens.append(grad.movedim(-2, 1).to(x.dtype))
+    queries, keys, values = call.sources
+    return d_tokens, [keys.d_kernels, values.d_kernels, queries.d_kernels]
+
+
+def _delta(d_out: Tensor, out: Tensor, d_lse: Tensor) -> Tensor:
+    return (d_out * out).sum(-1) - d_lse
+
+
+class _Call:
+    """One call: its tokens as `[B, *grid, heads, head_dim]` with absent ones zero, and what each level attends to."""
+
+    def __init__(self, q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options: Options):
+        self.options, self.mask = options, key_mask
+        self.grid = q.shape[2:-1]
+        self.levels = num_levels(self.grid, options.cell_size)
+        self.parts = tiling(options.rank, len(self.grid))
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.linear = query_kernels is not None
+        q, k, v = (x.movedim(1, -2) for x in (q, k, v))
+        self.mask_sums = None
+        if key_mask is not None:
+            self.exists = key_mask[..., None]
+            q, k, v = (torch.where(self.exists[..., None], x, 0) for x in (q, k, v))
+            self.mask_sums = BlockSums(self.exists[..., None].to(self.dtype), self.dtype)
+        self.sources = [_Source(self, x, w) for x, w in ((q, query_kernels), (k, key_kernels), (v, value_kernels))]
+
+    def attend_down_to(self, last: int) -> list[State | None]:
+        """The states after each level from the coarsest to `last`, after a None for the one before it."""
+        states = [None]
+        for level in range(self.levels, last - 1, -1):
+            states.append(State(*windows.forward(*self.inputs(level, states[-1]), self.dtype)))
+            if not self.linear:
+                states = states[-1:]
+        return states
+
+    def inputs(self, level: int, state: State | None):
+        """`(q, k, v, windows, bias, state)` of a level."""
+        q, k, v = (source.at(level) for source in self.sources)
+        if self.linear and state is not None:
+            state = state._replace(parts=self.parts)
+        return q, k, v, self._windows(level), self._bias(level, k), state
+
+    def _bias(self, level: int, keys: Tensor) -> Tensor | None:
+        if level == 0:
+            return None if self.mask is None else torch.where(self.mask, 0, ABSENT).to(self.dtype)
+        log_n = log_counts(self.grid, level, self.options.cell_size, self.options.rank, self.mask, keys, ABSENT)
+        return log_n if self.options.count_bias else torch.where(log_n > ABSENT / 2, 0, ABSENT).to(self.dtype)
+
+    def _windows(self, level: int) -> Windows:
+        options, causal = self.options, self.options.causal
+        device = self.sources[0].at(0).device
+        if level == 0:
+            cell = (options.cell_size,) * len(self.grid)
+            if self.levels == 0 and self.grid.numel() <= ONE_WINDOW:
+                cell = tuple(self.grid)
+            exclude = None
+            if causal:
+                token = torch.arange(cell[0], device=device)
+                exclude = (torch.cat((token - cell[0], token)) > token[:, None],)
+            return Windows(cell, cell, 0 if causal else 1, exclude, options.scale)
+        # The cells are parents, the window is theirs; what a child is next to belongs to a finer level.
+        side = cell_side(level, options.cell_size)
+        query_parts = self.parts if self.linear else (side,) * len(self.grid)
+        exclude = []
+        for query_part, part in zip(query_parts, self.parts, strict=True):
+            query_child = torch.arange(2 * query_part, device=device)[:, None] // query_part
+            key_child = torch.arange((4 if causal else 6) * part, device=device) // part - 2
+            exclude.append(key_child >= query_child - 1 if causal else (key_child - query_child).abs() <= 1)
+        query_cell, key_cell = tuple(2 * p for p in query_parts), tuple(2 * p for p in self.parts)
+        return Windows(query_cell, key_cell, 0 if causal else 1, tuple(exclude), options.scale)
+
+
+class _Source:
+    """One of q, k and v at every level: its tokens at 0, else its summary tokens; and the way back.
+
+    Without kernels (`None`: q in the log-linear variant) it is its tokens at every level.
+    """
+
+    def __init__(self, call: _Call, tokens: Tensor, kernels: Kernels | None):
+        self.call, self.tokens, self.kernels = call, tokens, kernels
+        self.sums = BlockSums(tokens, call.dtype)
+        self.d_tokens: Tensor | None = None
+        self.d_sums: dict[tuple[int, ...], Tensor] = {}
+        self.d_kernels = [[torch.zeros_like(w) for w in level] for level in kernels or []]
+        self._lattices: dict[int, Tensor] = {}
+
+    def at(self, level: int) -> Tensor:
+        if level == 0 or self.kernels is None:
+            return self.tokens
+        if level not in self._lattices:
+            self._lattices[level] = self._aggregation(level).forward(self.sums)
+        return self._lattices[level]
+
+    def _aggregation(self, level: int) -> Aggregation:
+        options = self.call.options
+        like = self.tokens.new_empty((), dtype=self.call.dtype).expand(self.tokens.shape)
+        kernels = level_kernels(self.kernels, level, options.cell_size, options.rank, like)
+        return Aggregation(kernels, self.call.grid, cell_side(level, options.cell_size), self.call.mask_sums)
+
+    def buffer(self, level: int) -> Tensor:
+        """Where the gradient of `at(level)` is to be added."""
+        if level == 0 or self.kernels is None:
+            if self.d_tokens is None:
+                self.d_tokens = torch.zeros_like(self.tokens, dtype=self.call.dtype)
+            return self.d_tokens
+        return torch.zeros_like(self.at(level))
+
+    def collect(self, level: int, buffer: Tensor) -> None:
+        """Take a filled buffer on to the kernels and the block sums."""
+        if level == 0 or self.kernels is None:
+            return
+        aggregation = self._aggregation(level)
+        d_sums, d_kernels = aggregation.backward(self.sums, buffer)
+        earlier = self.d_sums.get(aggregation.block)
+        self.d_sums[aggregation.block] = d_sums if earlier is None else earlier + d_sums
+        if self.kernels:
+            for total, d in zip(self.d_kernels[min(level, len(self.kernels)) - 1], d_kernels, strict=True):
+                total += d
+
+    def token_grad(self) -> Tensor:
+        far = self.sums.backward(self.d_sums)
+        return self.d_tokens if far is None else self.d_tokens.add_(far)

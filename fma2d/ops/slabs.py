@@ -1,0 +1,307 @@
+"""How the torch backend cuts arrays into tiles without gathering a single key.
+
+A *row* of cells has one index on every axis but the last. Its arrays are copied once with the last axis first, as a
+*slab* `[B * heads, X * M, channels]`, where `M` counts the positions across the row. In a slab of queries a cell is a
+run of positions; in one of keys, which reaches over the neighbouring rows too, a window is a run, and the windows of
+consecutive cells are overlapping strided views. Positions outside the grid are in no slab. Only a few cells' scores
+exist at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..geometry import subcells
+
+# Scores are held for about this many (query, key) pairs at a time: they stay in cache.
+PAIRS = 1 << 19
+# Stands for -inf, so that no inf - inf arises; what is below half of it has attended to nothing.
+ABSENT = -1e30
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Cells and their windows.
+
+    Attributes:
+        query_cell: query positions per cell, an axis each.
+        key_cell: key positions per cell, an axis each.
+        after: cells of the window after the own one (1; 0 if causal). There is always one before.
+        exclude: `[query_cell, window]` bool an axis, or None; a pair is excluded where every axis says so.
+        scale: factor of every score.
+    """
+
+    query_cell: tuple[int, ...]
+    key_cell: tuple[int, ...]
+    after: int
+    exclude: tuple[Tensor, ...] | None
+    scale: float
+
+
+class State(NamedTuple):
+    """A softmax under way: what queries attended to so far, as further entries of theirs.
+
+    Attributes:
+        value, lse: `[B, *entries, heads, head_dim]`, `[B, *entries, heads]`.
+        parts: entries per query cell, an axis each, shared by the queries of that part of the cell; None if every
+            query has its own.
+    """
+
+    value: Tensor
+    lse: Tensor
+    parts: tuple[int, ...] | None = None
+
+
+class Tile(NamedTuple):
+    """Cells computed at once: a run of inner cells of one batch entry, or (a part of) one cell of several entries.
+
+    Attributes:
+        run: which of the two.
+        batch: the entry, or the slice of entries.
+        cells: the slice of cells.
+        part: of the one cell, the slice of its query positions.
+    """
+
+    run: bool
+    batch: int | slice
+    cells: slice
+    part: slice
+
+
+class Slab:
+    """A slab of queries, or of a state's shared entries: indexed by a tile, it gives `[cells, positions, channels]`."""
+
+    def __init__(self, data: Tensor, size: int, inner: int, whole_cells: bool = False):
+        """`size`: positions per cell; `inner`: cells before the first cut one; `whole_cells`: no parts of cells."""
+        self.data, self.size, self.inner, self.whole_cells = data, size, inner, whole_cells
+        self._cells = data[:, : inner * size].unflatten(1, (inner, size)) if inner > 0 else None
+
+    def __getitem__(self, tile: Tile) -> Tensor:
+        if tile.run:
+            return self._cells[tile.batch, tile.cells]
+        start = tile.cells.start * self.size
+        if self.whole_cells:
+            return self.data[tile.batch, start : start + self.size]
+        return self.data[tile.batch, start + tile.part.start : min(start + self.size, start + tile.part.stop)]
+
+    def empty_like(self, channels: int | None = None) -> Slab:
+        shape = self.data.shape if channels is None else (*self.data.shape[:-1], channels)
+        return Slab(self.data.new_empty(shape), self.size, self.inner, self.whole_cells)
+
+    def zeros_like(self) -> Slab:
+        return Slab(torch.zeros_like(self.data), self.size, self.inner, self.whole_cells)
+
+
+class KeySlab:
+    """A slab of keys: indexed by a tile, it gives the cells' windows `[cells, window, channels]`, views of it."""
+
+    def __init__(self, data: Tensor, step: int, cells: int):
+        """`step`: keys from one window to the next; `cells`: step lengths in a window."""
+        self.data, self.step, self.cells = data, step, cells
+        # The first whole window is that of cell 1.
+        self._windows = data.unfold(1, cells * step, step).movedim(-1, 2) if data.shape[1] >= cells * step else None
+
+    def __getitem__(self, tile: Tile) -> Tensor:
+        if tile.run:
+            return self._windows[tile.batch, tile.cells.start - 1 : tile.cells.stop - 1]
+        return self.data[tile.batch, self.span(tile)]
+
+    def span(self, tile: Tile) -> slice:
+        """Where the window of a tile of one cell lies."""
+        first = tile.cells.start - 1
+        return slice(max(0, first) * self.step, min(self.data.shape[1], (first + self.cells) * self.step))
+
+    def zeros_like(self) -> KeySlab:
+        return KeySlab(torch.zeros_like(self.data), self.step, self.cells)
+
+    def add_product(self, tile: Tile, left: Tensor, right: Tensor) -> None:
+        """Add `left^T right` (`[cells, positions, window]`, `[cells, positions, channels]`) to the tile's windows."""
+        if not tile.run:
+            self[tile].baddbmm_(left.mT, right)
+            return
+        # Windows overlap, their parts of one cell do not.
+        for part in range(self.cells):
+            start, stop = (cell - 1 + part for cell in (tile.cells.start, tile.cells.stop))
+            keys = self.data[tile.batch, start * self.step : stop * self.step].unflatten(0, (-1, self.step))
+            keys.baddbmm_(left[..., part * self.step : (part + 1) * self.step].mT, right)
+
+
+class Addends(NamedTuple):
+    """What is added to scores: indexed by a tile, it gives None or something broadcastable to `[cells, rows, window]`."""
+
+    row: Row
+    bias: KeySlab | None
+
+    def __getitem__(self, tile: Tile) -> Tensor | None:
+        excluded = None if self.row.windows.exclude is None else self.row.excluded(tile)
+        if self.bias is None:
+            return excluded
+        bias = self.bias[tile].mT
+        return bias if excluded is None else bias + excluded
+
+
+class Carried(NamedTuple):
+    """A row's part of a state: indexed by a tile, it gives scores `[cells, rows, entries]` and values.
+
+    Values are `[cells, entries, channels]` if shared, else `[cells, rows, channels]` for the one entry of each query.
+    """
+
+    row: Row
+    parts: tuple[int, ...] | None
+    lse: Slab
+    value: Slab
+
+    def __getitem__(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        lse = self.lse[tile]
+        if self.parts is not None:
+            lse = lse.mT + self.row.foreign(tile, self.parts)
+        return lse, self.value[tile]
+
+    def zeros_like(self) -> Carried:
+        return self._replace(lse=self.lse.zeros_like(), value=self.value.zeros_like())
+
+
+def rows(q: Tensor, k: Tensor, windows: Windows, dtype: torch.dtype) -> Iterator[Row]:
+    """The rows of cells of q `[B, *queries, heads, head_dim]`, k `[B, *keys, ...]` being what their windows lie in."""
+    cells = [-(-extent // cell) for extent, cell in zip(q.shape[1:-3], windows.query_cell, strict=False)]
+    patterns: dict[tuple, Tensor] = {}
+    for index in product(*map(range, cells)):
+        yield Row(q, k, windows, index, dtype, patterns)
+
+
+class Row:
+    """One row of cells: its slabs and its tiles."""
+
+    def __init__(self, q: Tensor, k: Tensor, windows: Windows, index: tuple[int, ...], dtype: torch.dtype, patterns: dict):
+        self.windows, self.index, self.dtype, self._patterns = windows, index, dtype, patterns
+        self.entries, self.heads, self.device = q.shape[0], q.shape[-2], q.device
+        self.query_box, self.key_box, self.lead = [], [], []
+        for i, c, n, kc, kn in zip(index, windows.query_cell, q.shape[1:], windows.key_cell, k.shape[1:], strict=False):
+            self.query_box.append(slice(i * c, min(n, (i + 1) * c)))
+            first, last = (i - 1) * kc, (i + 1 + windows.after) * kc
+            self.key_box.append(slice(max(0, first), min(kn, last)))
+            self.lead.append((min(c, n - i * c), max(0, -first), min(kn, last) - first))
+        self.width, self.key_width = q.shape[-3], k.shape[-3]
+        self.cell, self.key_cell = windows.query_cell[-1], windows.key_cell[-1]
+        self.across = prod(s.stop - s.start for s in self.query_box)
+        self.key_across = prod(s.stop - s.start for s in self.key_box)
+        self.window = 2 + windows.after
+        # Inner cells are whole, and so are their windows; runs of them are worth it where they make fewer tiles.
+        self.inner = min(self.width // self.cell, self.key_width // self.key_cell - windows.after)
+        pairs = self.cell * self.across * self.window * self.key_cell * self.key_across
+        self.tile_size = max(1, PAIRS // pairs)
+        batch = self.entries * self.heads
+        run_tiles = batch * -(-(self.inner - 1) // self.tile_size)
+        self.run = self.inner > 1 and run_tiles <= (self.inner - 1) * -(-batch // self.tile_size)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Tiles that cover the row, each query once."""
+        batch = self.entries * self.heads
+        if self.run:
+            runs = -(-(self.inner - 1) // self.tile_size)
+            size = -(-(self.inner - 1) // runs)  # of about equal length, so that all threads are busy
+            for i, first in product(range(batch), range(1, self.inner, size)):
+                yield Tile(True, i, slice(first, min(self.inner, first + size)), slice(None))
+        most = max(1, PAIRS // (self.window * self.key_cell * self.key_across))
+        for cell in range(-(-self.width // self.cell)):
+            if self.run and 1 <= cell < self.inner:
+                continue
+            positions = min(self.cell, self.width - cell * self.cell) * self.across
+            for i, start in product(range(0, batch, self.tile_size), range(0, positions, most)):
+                part = slice(start, min(start + most, positions))
+                yield Tile(False, slice(i, i + self.tile_size), slice(cell, cell + 1), part)
+
+    def queries(self, x: Tensor, scale: float = 1.0) -> Slab:
+        data = self._take(x, self.query_box)
+        return Slab(data if scale == 1.0 else data * scale, self.cell * self.across, self.inner)
+
+    def keys(self, x: Tensor) -> KeySlab:
+        return KeySlab(self._take(x, self.key_box), self.key_cell * self.key_across, self.window)
+
+    def addends(self, bias: Tensor | None) -> Addends:
+        """Bias `[B | 1, *keys]` and exclusions."""
+        if bias is not None:
+            bias = self.keys(bias[..., None, None].expand(self.entries, *bias.shape[1:], self.heads, 1))
+        return Addends(self, bias)
+
+    def carried(self, state: State) -> Carried:
+        if state.parts is None:
+            return Carried(self, None, self.queries(state.lse[..., None]), self.queries(state.value))
+        box, size = self._entry_box(state), prod(state.parts)
+        slabs = (Slab(self._take(x, box), size, self.inner, True) for x in (state.lse[..., None], state.value))
+        return Carried(self, state.parts, *slabs)
+
+    def write(self, x: Tensor, slab: Slab) -> None:
+        self._part(x, self.query_box).copy_(self._give(slab.data, x, self.query_box))
+
+    def add(self, x: Tensor, slab: Slab, scale: float) -> None:
+        self._part(x, self.query_box).add_(self._give(slab.data, x, self.query_box), alpha=scale)
+
+    def add_keys(self, x: Tensor, slab: KeySlab) -> None:
+        self._part(x, self.key_box).add_(self._give(slab.data, x, self.key_box))
+
+    def write_carried(self, state: State, carried: Carried) -> None:
+        box = self._entry_box(state)
+        for x, slab in ((state.value, carried.value), (state.lse[..., None], carried.lse)):
+            self._part(x, box).copy_(self._give(slab.data, x, box))
+
+    def _entry_box(self, state: State) -> list[slice]:
+        return [slice(i * p, (i + 1) * p) for i, p in zip(self.index, state.parts, strict=False)]
+
+    def _part(self, x: Tensor, box: list[slice]) -> Tensor:
+        return x[(slice(None), *box)]
+
+    def _take(self, x: Tensor, box: list[slice]) -> Tensor:
+        """`[B, *extents, heads, channels]` to a slab, in the dtype to compute in."""
+        lead = len(box)
+        x = self._part(x, box).permute(0, lead + 2, lead + 1, *range(1, lead + 1), lead + 3)
+        return x.to(self.dtype).flatten(2, lead + 2).flatten(0, 1).contiguous()
+
+    def _give(self, slab: Tensor, x: Tensor, box: list[slice]) -> Tensor:
+        """A slab as the part of x that it is of."""
+        lead, shape = len(box), self._part(x, box).shape
+        slab = slab.unflatten(1, (shape[lead + 1], *shape[1 : lead + 1])).unflatten(0, (shape[0], -1))
+        return slab.permute(0, *range(3, lead + 3), 2, 1, lead + 3)
+
+    def excluded(self, tile: Tile) -> Tensor:
+        """`[1, rows, window]`: `ABSENT` where a pair is excluded, else 0."""
+        key = ("excluded", *self.lead)
+        if key not in self._patterns:
+            *lead, last = self.windows.exclude
+            lead = [pattern[:rows, start:stop] for pattern, (rows, start, stop) in zip(lead, self.lead, strict=True)]
+            self._patterns[key] = torch.where(_every(last, lead), ABSENT, 0.0).to(self.dtype)
+        pattern = self._patterns[key]  # [cell, across, window of the last axis, key_across]
+        if tile.run:
+            return pattern.flatten(2).flatten(0, 1)[None]
+        first = (tile.cells.start - 1) * self.key_cell
+        stop = min(self.key_width, first + self.window * self.key_cell)
+        return pattern[:, :, max(0, -first) : stop - first].flatten(2).flatten(0, 1)[None, tile.part]
+
+    def foreign(self, tile: Tile, parts: tuple[int, ...]) -> Tensor:
+        """`[1, rows, entries]`: `ABSENT` where a shared entry is of another part of the cell, else 0."""
+        key = ("foreign", *self.lead)
+        if key not in self._patterns:
+            own = []
+            for cell, p in zip(self.windows.query_cell, parts, strict=True):
+                part = torch.tensor(subcells(cell, cell, p))
+                own.append(part[:, None] == torch.arange(p))
+            lead = [pattern[:rows] for pattern, (rows, _, _) in zip(own, self.lead, strict=False)]
+            pattern = _every(own[-1], lead).flatten(2).flatten(0, 1)
+            self._patterns[key] = torch.where(pattern, 0.0, ABSENT).to(self.device, self.dtype)[None]
+        return self._patterns[key][:, tile.part]
+
+
+def _every(last: Tensor, lead: list[Tensor]) -> Tensor:
+    """Where all axes' `[positions, columns]` are True: `[positions of the last axis, across, columns of it, across]`."""
+    pattern = last[:, None, :, None]
+    for axis in lead:
+        pattern = pattern[:, :, None, :, :, None] & axis[None, None, :, None, None, :]
+        pattern = pattern.flatten(4, 5).flatten(1, 2)
+    return pattern

@@ -1,0 +1,115 @@
+"""Attention of every cell's queries to a window of cells around it: the one primitive of the torch backend.
+
+Near field and far field are the same shape of work: the queries of a cell attend to the cell itself and its
+neighbours. In the near field the cells hold tokens; at a coarse level they are parents that hold summary tokens, their
+own neighbours excluded by a fixed pattern. `slabs.py` cuts the arrays into tiles; this file computes on them.
+"""
+
+import torch
+from torch import Tensor
+
+from .slabs import ABSENT, State, Windows, rows
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, bias: Tensor | None, state: State | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attend, from `state` on.
+
+    Args:
+        q: `[B, *queries, heads, head_dim]`.
+        k, v: `[B, *keys, heads, head_dim]`.
+        bias: added to the scores of each key, `[B | 1, *keys]`, at least `ABSENT`.
+        dtype: what to compute in.
+
+    Returns:
+        In `dtype`: out like q, lse `[B, *queries, heads]` (below `ABSENT / 2` for an empty query).
+    """
+    out = q.new_empty(q.shape, dtype=dtype)
+    lse = q.new_empty(q.shape[:-1], dtype=dtype)
+    for row in rows(q, k, windows, dtype):
+        queries, keys, values = row.queries(q, windows.scale), row.keys(k), row.keys(v)
+        addends = row.addends(bias)
+        row_out, row_lse = queries.empty_like(), queries.empty_like(1)
+        if state is not None:
+            carried = row.carried(state)
+        for tile in row.tiles():
+            scores = _scores(queries[tile], keys[tile], addends[tile])
+            # Results do not depend on `top`, so no gradient passes through it.
+            top = scores.detach().amax(-1, keepdim=True)
+            if state is not None:
+                before, value_before = carried[tile]
+                top = torch.maximum(top, before.detach().amax(-1, keepdim=True))
+            weights = scores.sub_(top).exp_()
+            total, value = weights.sum(-1, keepdim=True), torch.bmm(weights, values[tile])
+            if state is not None:
+                weights = (before - top).exp_()
+                total = total + weights.sum(-1, keepdim=True)
+                if state.parts is None:
+                    value = value + weights * value_before
+                else:
+                    value = torch.baddbmm(value, weights, value_before)
+            row_out[tile].copy_(value.div_(total))
+            row_lse[tile].copy_(total.log().add_(top))
+        row.write(out, row_out)
+        row.write(lse[..., None], row_lse)
+    return out, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Windows,
+    bias: Tensor | None,
+    state: State | None,
+    lse: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+) -> State | None:
+    """Add the gradients of q, k and v into `d_q`, `d_k`, `d_v`; probabilities are recomputed.
+
+    Args:
+        state: None, or one of shared entries.
+        lse: of the whole softmax that these entries are part of, `[B, *queries, heads]`.
+        delta: `sum(d_out * out) - d_lse`, `[B, *queries, heads]`.
+        d_q, d_k, d_v: like q, k, v, in the dtype to compute in.
+
+    Returns:
+        With a state, the gradients of its value and lse.
+    """
+    lse = torch.where(lse < ABSENT / 2, -ABSENT, lse)  # empty queries: probabilities 0
+    d_state = None if state is None else State(torch.empty_like(state.value), torch.empty_like(state.lse), state.parts)
+    for row in rows(q, k, windows, d_q.dtype):
+        queries, keys, values = row.queries(q, windows.scale), row.keys(k), row.keys(v)
+        addends = row.addends(bias)
+        lses, deltas, d_outs = row.queries(lse[..., None]), row.queries(delta[..., None]), row.queries(d_out)
+        row_d_q, row_d_k, row_d_v = queries.empty_like(), keys.zeros_like(), values.zeros_like()
+        if state is not None:
+            carried = row.carried(state)
+            d_carried = carried.zeros_like()
+        for tile in row.tiles():
+            weights = _scores(queries[tile], keys[tile], addends[tile]).sub_(lses[tile]).exp_()
+            d_scores = torch.bmm(d_outs[tile], values[tile].mT).sub_(deltas[tile]).mul_(weights)
+            row_d_q[tile].copy_(torch.bmm(d_scores, keys[tile]))
+            row_d_k.add_product(tile, d_scores, queries[tile])
+            row_d_v.add_product(tile, weights, d_outs[tile])
+            if state is not None:
+                before, value_before = carried[tile]
+                weights = (before - lses[tile]).exp_()
+                d_before = torch.bmm(d_outs[tile], value_before.mT).sub_(deltas[tile]).mul_(weights)
+                d_carried.value[tile].baddbmm_(weights.mT, d_outs[tile])
+                d_carried.lse[tile].add_(d_before.sum(1)[..., None])
+        row.add(d_q, row_d_q, windows.scale)
+        row.add_keys(d_k, row_d_k)
+        row.add_keys(d_v, row_d_v)
+        if state is not None:
+            row.write_carried(d_state, d_carried)
+    return d_state
+
+
+def _scores(q: Tensor, k: Tensor, addend: Tensor | None) -> Tensor:
+    return torch.bmm(q, k.mT) if addend is None else torch.baddbmm(addend, q, k.mT)
