@@ -1,7 +1,19 @@
-"""Fast Multipole Attention as a vision backbone library."""
+"""Fast Multipole Attention as a vision backbone library; importing it registers the models in timm."""
 
+from . import backbone
 from .aggregation import start_kernels
 from .geometry import cover, num_levels
+from .modules import FMA1d, FMA2d
 from .ops import multipole_attention, why_not
 
 __version__ = "0.1.0"
+__all__ = [
+    "FMA1d",
+    "FMA2d",
+    "backbone",
+    "cover",
+    "multipole_attention",
+    "num_levels",
+    "start_kernels",
+    "why_not",
+]

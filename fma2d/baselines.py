@@ -1,0 +1,92 @@
+"""Other attention layers for the same skeleton, `[B, H, W, dim]` to the same: for comparisons and warm starts.
+
+Pass one as `attn_layer` of `fma2d.backbone.FMA2DBackbone`: a function of `(dim, num_heads, stage, block)`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DenseAttention(nn.Module):
+    """Every token attends to every token; the parameters of `FMA2d` without kernels."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, dim)))
+
+
+class WindowAttention(DenseAttention):
+    """Tokens attend within windows of `window x window` tokens, shifted by `shift` (Swin, arXiv:2103.14030).
+
+    Without a relative position bias, since Mix-FFN gives position. Windows are laid over the padded grid; absent
+    tokens, and tokens that only the cyclic shift brings together, do not attend to each other.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, window: int = 7, shift: int = 0, qkv_bias: bool = True, proj_drop: float = 0.0
+    ):
+        super().__init__(dim, num_heads, qkv_bias, proj_drop)
+        self.window, self.shift = window, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        window = self.window
+        padding = (0, -width % window, 0, -height % window)
+        qkv = F.pad(self.qkv(x), (0, 0, *padding)).roll((-self.shift, -self.shift), (1, 2))
+        region = self._regions(height, width, padding, x.device)
+        tokens = self._partition(qkv).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        region = self._partition(region[None, ..., None])[..., 0]
+        mask = (region[..., :, None] == region[..., None, :])[:, :, None]
+        out = F.scaled_dot_product_attention(*tokens.unbind(0), attn_mask=mask)
+        rows, cols = qkv.shape[1] // window, qkv.shape[2] // window
+        out = out.transpose(2, 3).flatten(-2).unflatten(2, (window, window)).unflatten(1, (rows, cols))
+        out = out.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+        out = out.roll((self.shift, self.shift), (1, 2))[:, :height, :width]
+        return self.proj_drop(self.proj(out))
+
+    def _partition(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, windows, window * window, C]`."""
+        x = x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
+        return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+
+    def _regions(self, height: int, width: int, padding: tuple[int, ...], device: torch.device) -> Tensor:
+        """A number for each place after padding and shift; places attend to those of their window and number."""
+
+        def axis(extent: int, pad: int) -> Tensor:
+            place = (torch.arange(extent + pad, device=device) + self.shift) % (extent + pad)
+            return (place < self.shift) + 2 * (place >= extent)
+
+        return axis(height, padding[3])[:, None] * 4 + axis(width, padding[1])
+
+
+class SpatialReductionAttention(nn.Module):
+    """Keys and values of a grid reduced by a strided convolution (MiT, arXiv:2105.15203)."""
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, qkv_bias: bool = True, proj_drop: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio) if sr_ratio > 1 else None
+        self.norm = nn.LayerNorm(dim) if sr_ratio > 1 else None
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        reduced = x
+        if self.sr is not None:
+            reduced = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        k, v = self.kv(reduced).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3])))

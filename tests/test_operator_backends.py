@@ -1,0 +1,274 @@
+"""The backends as programs: precision, gradients, dtypes, autocast, compilation, memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_cases import BACKENDS, DTYPES, KERNELS, Call, assert_within_rule, calls, cotangents, random_call
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fma2d
+from fma2d import multipole_attention
+from fma2d.ops import blocked, library, reference
+from fma2d.ops.options import Options
+
+on_both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def cropped(x):
+    """A view into a larger tensor of NaN."""
+    large = pad(x, (1, 2) * x.dim(), value=torch.nan)
+    return large[tuple(slice(1, 1 + n) for n in x.shape)]
+
+
+# Differentiable; every one gives a tensor of the same shape, the expanded ones the same values along an axis.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.movedim(1, -2).contiguous().movedim(-2, 1),
+    "channels first": lambda x: x.mT.contiguous().mT,
+    "cropped": cropped,
+    "one batch": lambda x: x[:1].expand_as(x),
+    "one head": lambda x: x[:, :1].expand_as(x),
+    "one token": lambda x: x[:, :, :1].expand_as(x),
+}
+layouts = st.sampled_from(list(LAYOUTS))
+
+
+@settings(max_examples=150)
+@given(
+    call=calls(),
+    dtype=st.sampled_from(DTYPES),
+    kernel_dtype=st.sampled_from((torch.float32, *DTYPES)),
+    layout=st.fixed_dictionaries({name: layouts for name in "qkv"}),
+    kernel_layout=st.sampled_from(("contiguous", "cropped", "channels first")),
+)
+def test_torch_backend_keeps_the_error_rule(call, dtype, kernel_dtype, layout, kernel_layout):
+    """Out, lse and every gradient; truth and plain get the same bits."""
+
+    def arrange(call):
+        call = call.map(lambda x: x, LAYOUTS[kernel_layout])
+        return Call(call | {name: LAYOUTS[layout[name]](call[name]) for name in "qkv"})
+
+    d = [x.to(dtype) for x in cotangents(call)]
+    call = call.to(dtype, kernel_dtype)
+    truth = call.to(torch.float64).results("reference", d, arrange)
+    plain, x = (call.results(backend, d, arrange) for backend in ("definition", "torch"))
+    assert_within_rule(x, truth, plain, dtype, kernel_dtype)
+
+
+@on_both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_of_the_results(backend, dtype):
+    """Out as q, lse in float32 or wider, gradients as their tensors; and without lse a plain tensor."""
+    call = random_call((9, 7), 2, 2, linear=1)
+    for kernel_dtype in DTYPES:
+        leaves = call.to(dtype, kernel_dtype)
+        out, lse = leaves.run(backend)
+        assert out.dtype == dtype and out.shape == call["q"].shape
+        assert lse.dtype == torch.promote_types(dtype, torch.float32) and lse.shape == call["q"].shape[:-1]
+        grads = torch.autograd.grad(out.sum() + lse.sum(), leaves.leaves())
+        assert [g.dtype for g in grads] == [x.dtype for x in leaves.leaves()]
+    assert torch.equal(multipole_attention(**leaves, backend=backend), out)
+
+
+def test_auto_is_the_torch_backend_on_cpu():
+    call = random_call((9, 7), 1, 2).to(torch.float32)
+    for x, y in zip(call.run("auto"), call.run("torch"), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_torch_backend_repeats_every_bit():
+    call = random_call((19, 17), 2, 4, batch=2, levels=(2, 1), linear=1, mask=0.7).to(torch.float32)
+    first, second = (call.results("torch", cotangents(call)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@on_both
+def test_empty_batch(backend):
+    call = random_call((9, 7), 2, 2, linear=1).map(lambda x: x[:0], lambda w: w).to(torch.float64)
+    out, lse = call.run(backend)
+    assert out.shape == call["q"].shape and lse.shape == out.shape[:-1]
+    grads = torch.autograd.grad((out, lse), call.leaves(), (out.detach(), lse.detach()))
+    assert all((g == 0).all() and g.shape == x.shape for g, x in zip(grads, call.leaves(), strict=True))
+
+
+SMALL = {
+    "1D": random_call((7,), 1, 2, heads=1, head_dim=2, levels=(1, 3)),
+    "causal": random_call((7,), 1, 2, heads=1, head_dim=2, levels=(3, 1), causal=True),
+    "1D linear": random_call((7,), 1, 3, heads=1, head_dim=2, linear=2, mask=torch.arange(7) != 2),
+    "2D": random_call((2, 5), 1, 2, heads=2, head_dim=1, mask=torch.arange(5) != 1),
+    "2D linear": random_call((5, 3), 1, 2, heads=1, head_dim=2, linear=1, count_bias=False),
+    "3D": random_call((3, 1, 2), 1, 4, heads=1, head_dim=1, levels=(1, 1), scale=0.6),
+}
+
+
+def function_of_leaves(call, backend):
+    """The call as a function of its leaves, and the leaves; weights of 0 replaced, for there is a kink."""
+    call = call.map(lambda x: x, lambda w: torch.where(w == 0, 0.6 / w.shape[-1], w)).to(torch.float64)
+
+    def function(*leaves):
+        out, lse = call.with_leaves(leaves).run(backend)
+        return out, lse[call.exists.expand(lse.shape)]
+
+    return function, call.leaves()
+
+
+@on_both
+@pytest.mark.parametrize("case", SMALL)
+def test_gradcheck(backend, case):
+    assert torch.autograd.gradcheck(*function_of_leaves(SMALL[case], backend), check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_gradgradcheck(case):
+    assert torch.autograd.gradgradcheck(
+        *function_of_leaves(SMALL[case], "torch"), check_undefined_grad=False, fast_mode=True
+    )
+
+
+@on_both
+@pytest.mark.parametrize("cell_size", (1, 5), ids=("levels", "no level"))
+@pytest.mark.parametrize("linear", (None, 4), ids=("log-linear", "linear"))
+def test_kernels_of_unused_levels_get_gradients_of_zero(backend, cell_size, linear):
+    """Never None, so that DistributedDataParallel finds every parameter used."""
+    call = random_call((9, 7), cell_size, 2, levels=(4, 3), linear=linear).to(torch.float32)
+    multipole_attention(**call, backend=backend).sum().backward()
+    used = fma2d.num_levels((9, 7), cell_size)
+    for name in KERNELS:
+        for level, kernels in enumerate(call[name] or [], 1):
+            for kernel in kernels:
+                assert kernel.grad is not None, f"{name}, level {level}"
+                assert kernel.grad.isfinite().all()
+                assert (kernel.grad != 0).any() == (level <= used), f"{name}, level {level}"
+
+
+@on_both
+def test_one_argument_alone_can_need_a_gradient(backend):
+    call = random_call((9, 7), 2, 2, levels=(2, 1), linear=1)
+    expected = torch.autograd.grad(call.to(torch.float64).run(backend)[0].sum(), [])
+    full = call.to(torch.float64)
+    expected = torch.autograd.grad(full.run(backend)[0].square().sum(), full.leaves())
+    for i, grad in enumerate(expected):
+        leaves = [x.detach() for x in full.leaves()]
+        leaves[i].requires_grad_()
+        out, _ = full.with_leaves(leaves).run(backend)
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaves[i])[0], grad, rtol=0, atol=1e-13)
+
+
+@on_both
+def test_autocast_casts_tokens_and_not_kernels(backend):
+    call = random_call((9, 7), 2, 2, batch=2, linear=1, mask=0.8)
+    single = call.to(torch.float32)
+    half = single.map(lambda x: x.to(torch.bfloat16), lambda w: w)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = single.run(backend)
+    expected = half.run(backend)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    d = torch.randn(out.shape).to(out.dtype)
+    for x, y in zip(*(torch.autograd.grad(o, single.leaves(), d) for o in (out, expected[0])), strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y)
+
+
+@on_both
+def test_autocast_leaves_float64_alone(backend):
+    call = random_call((9, 7), 2, 2, linear=1)
+    expected = call.run(backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = call.run(backend)
+    assert out.dtype == lse.dtype == torch.float64
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+def op_arguments(call, backend="torch"):
+    """Positional arguments of the registered op."""
+    kernels, levels = library.flatten_kernels(*(call[name] for name in KERNELS))
+    mask = None if call["key_mask"] is None else call.exists[:, 0]
+    options = [call[name] for name in ("cell_size", "rank", "causal", "count_bias")]
+    return *(call[name] for name in "qkv"), kernels, levels, mask, *options, call["q"].shape[-1] ** -0.5, backend
+
+
+OP_CASES = {
+    "linear, masked": random_call((7, 5), 1, 2, batch=2, linear=1, mask=0.7).to(torch.float32),
+    "causal, channels last": random_call((13,), 1, 3, causal=True)
+    .map(LAYOUTS["channels last"], lambda w: w)
+    .to(torch.float64),
+    "half, no kernels": random_call((9, 7), 2, 1, levels=(0, 0)).to(torch.float16),
+}
+
+
+@pytest.mark.parametrize("case", OP_CASES)
+def test_op_is_registered_as_it_should(case):
+    """Schema, fake and autograd, of the op and of its backward."""
+    arguments = op_arguments(OP_CASES[case])
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if case == "linear, masked":
+        checks += ("test_aot_dispatch_dynamic",)
+    torch.library.opcheck(torch.ops.fma2d.multipole_attention.default, arguments, test_utils=checks)
+    out, lse = (x.detach() for x in torch.ops.fma2d.multipole_attention(*arguments))
+    saved = (out, lse, torch.ones_like(out), torch.ones_like(lse))
+    backward = (*arguments[:6], *saved, *arguments[6:])
+    torch.library.opcheck(torch.ops.fma2d.multipole_attention_backward.default, backward, test_utils=checks[:3])
+
+
+def test_compiles_to_one_graph_for_all_sizes():
+    """Levels, cells and cut edges are no business of the compiler: no size is a reason to compile again."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    kernels = random_call((9, 7), 1, 2, levels=(2, 1), linear=1).to(torch.float32)
+
+    def run(call):
+        out, lse = call.run("auto")
+        return out * 2, lse
+
+    compiled = torch.compile(
+        lambda q, k, v: run(Call(kernels | {"q": q, "k": k, "v": v})), fullgraph=True, dynamic=True, backend=counter
+    )
+    for i, grid in enumerate(((9, 7), (5, 21), (8, 8), (2, 2), (33, 3))):
+        call = random_call(grid, 1, 2, batch=2 + i % 2, seed=i).to(torch.float32)
+        call = Call(call | {name: kernels[name] for name in KERNELS})
+        d = cotangents(call)
+        eager, outputs = run(call), compiled(*(call[name] for name in "qkv"))
+        for x, y in zip(outputs, eager, strict=True):
+            torch.testing.assert_close(x, y)
+        d = [x.float() for x in d]
+        grads = [torch.autograd.grad(o, call.leaves(), d) for o in (outputs, eager)]
+        for x, y in zip(*grads, strict=True):
+            torch.testing.assert_close(x, y)
+    assert counter.frame_count == 1
+
+
+class Largest(TorchDispatchMode):
+    """Records the elements of the largest memory block that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("linear", (None, 1), ids=("log-linear", "linear"))
+@pytest.mark.parametrize("grid", ((4096,), (64, 64)), ids=str)
+def test_torch_backend_holds_nothing_quadratic(grid, linear):
+    """4096 tokens would give 2**24 scores; cells' scores are held for about 2**18 pairs at a time."""
+    call = random_call(grid, 4, 2, heads=1, head_dim=2, linear=linear).to(torch.float32)
+    kernels = [call[name] for name in KERNELS]
+    options = Options(4, 2, False, True, 1.0)
+    tokens = [call[name].detach() for name in "qkv"]
+    with torch.no_grad(), Largest() as largest:
+        out, lse = blocked.forward(*tokens, *kernels, None, options)
+        blocked.backward(*tokens, *kernels, None, options, out, lse, out, lse)
+    assert largest.elements < 2**20
+
+
+def test_the_largest_block_is_seen():
+    """The twin of the test above: the dense reference is found out."""
+    q = torch.randn(1, 1, 1200, 2)
+    with torch.no_grad(), Largest() as largest:
+        reference.attention(q, q, q, [], [], None, None, Options(4, 2, False, True, 1.0))
+    assert largest.elements >= 1200**2 > 2**20
