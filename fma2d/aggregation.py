@@ -60,7 +60,9 @@ def start_kernels(
     return kernels
 
 
-def level_kernels(kernels: Sequence[Sequence[Tensor]], level: int, cell_size: int, rank: int, like: Tensor) -> list[Tensor]:
+def level_kernels(
+    kernels: Sequence[Sequence[Tensor]], level: int, cell_size: int, rank: int, like: Tensor
+) -> list[Tensor]:
     """The kernels that `level` uses: its own, else the last learned ones, else the start value (in `like`'s dtype)."""
     if kernels:
         return [kernel.to(like.dtype) for kernel in kernels[min(level, len(kernels)) - 1]]
@@ -68,7 +70,9 @@ def level_kernels(kernels: Sequence[Sequence[Tensor]], level: int, cell_size: in
     return start_kernels(level, cell_size, rank, ndim, 1, 1, dtype=like.dtype, device=like.device)
 
 
-def log_counts(grid: Grid, level: int, cell_size: int, rank: int, mask: Tensor | None, like: Tensor, absent: float) -> Tensor:
+def log_counts(
+    grid: Grid, level: int, cell_size: int, rank: int, mask: Tensor | None, like: Tensor, absent: float
+) -> Tensor:
     """`log n(C, k)` of every summary token of a level, `absent` where it speaks for no token: `[B | 1, *lattice]`."""
     side, parts = cell_side(level, cell_size), tiling(rank, len(grid))
     if mask is None:
@@ -211,7 +215,9 @@ class Aggregation:
             scale = ratio if scale is None else scale.unsqueeze(-4) * ratio
         return weights, scale
 
-    def _piece(self, cells: slice, x: Tensor, mask: Tensor | None, weights: Tensor, scale: Tensor | None = None) -> Tensor:
+    def _piece(
+        self, cells: slice, x: Tensor, mask: Tensor | None, weights: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
         heads, head_dim = x.shape[-2:]
         blocks = self._cells(x)  # [heads, head_dim, B, *cells, bins]
         shape = blocks.shape[2:-1]

@@ -12,8 +12,13 @@ from math import sqrt
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, to_2tuple, to_ntuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models import register_notrace_module
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -28,9 +33,7 @@ logger = logging.getLogger(__name__)
 class Stage(nn.Module):
     """Patch embedding, blocks, norm: `[B, C, H, W]` to `[B, dim, ceil(H / stride), ceil(W / stride)]`."""
 
-    def __init__(
-        self, in_chans: int, dim: int, patch_size: int, stride: int, blocks: Sequence[Block], eps: float
-    ):
+    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int, blocks: Sequence[Block], eps: float):
         super().__init__()
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, dim, patch_size, stride, eps)
@@ -160,7 +163,9 @@ class FMA2DBackbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r"^stages\.0\.patch_embed",
-            blocks=r"^stages\.(\d+)" if coarse else [
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
                 (r"^stages\.(\d+)\.patch_embed", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^stages\.(\d+)\.norm", (99999,)),
@@ -258,9 +263,7 @@ def _cfg(**kwargs) -> dict:
 
 
 # No weights are published yet, so there are no urls.
-default_cfgs = generate_default_cfgs(
-    {f"fma2d_{size}": _cfg() for size in ("nano", "tiny", "small", "base", "large")}
-)
+default_cfgs = generate_default_cfgs({f"fma2d_{size}": _cfg() for size in ("nano", "tiny", "small", "base", "large")})
 
 
 def _create(name: str, pretrained: bool, dims, depths, head_dim=64, variant="linear", **kwargs) -> FMA2DBackbone:
@@ -273,7 +276,9 @@ def _create(name: str, pretrained: bool, dims, depths, head_dim=64, variant="lin
 @register_model
 def fma2d_nano(pretrained: bool = False, **kwargs) -> FMA2DBackbone:
     """MiT-B0's skeleton."""
-    return _create("fma2d_nano", pretrained, **dict(dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), head_dim=32), **kwargs))
+    return _create(
+        "fma2d_nano", pretrained, **dict(dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), head_dim=32), **kwargs)
+    )
 
 
 @register_model

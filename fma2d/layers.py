@@ -74,7 +74,13 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, attn: nn.Module, mlp_ratio: float = 4.0, drop: float = 0.0, drop_path: float = 0.0, eps: float = 1e-6
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        eps: float = 1e-6,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)

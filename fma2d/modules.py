@@ -52,7 +52,9 @@ class _FMA(nn.Module):
             raise ValueError("causal needs variant 'loglinear': a summary query would hold later tokens")
         parts = tiling(rank, self.ndim)
         if aggregation == "learned" and any(cell_size % p for p in parts):
-            raise ValueError(f"rank {rank} tiles a cell as {parts}; each must divide cell_size {cell_size} to be learned")
+            raise ValueError(
+                f"rank {rank} tiles a cell as {parts}; each must divide cell_size {cell_size} to be learned"
+            )
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.cell_size, self.rank, self.levels = cell_size, rank, levels
         self.variant, self.aggregation, self.causal, self.backend = variant, aggregation, causal, backend
@@ -159,7 +161,18 @@ class FMA2d(_FMA):
         backend: str = "auto",
     ):
         super().__init__(
-            dim, num_heads, cell_size, rank, levels, variant, aggregation, share_heads, False, qkv_bias, proj_drop, backend
+            dim,
+            num_heads,
+            cell_size,
+            rank,
+            levels,
+            variant,
+            aggregation,
+            share_heads,
+            False,
+            qkv_bias,
+            proj_drop,
+            backend,
         )
 
 
@@ -191,5 +204,16 @@ class FMA1d(_FMA):
         backend: str = "auto",
     ):
         super().__init__(
-            dim, num_heads, cell_size, rank, levels, variant, aggregation, share_heads, causal, qkv_bias, proj_drop, backend
+            dim,
+            num_heads,
+            cell_size,
+            rank,
+            levels,
+            variant,
+            aggregation,
+            share_heads,
+            causal,
+            qkv_bias,
+            proj_drop,
+            backend,
         )

@@ -4,7 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import BACKENDS, DTYPES, KERNELS, Call, assert_within_rule, calls, cotangents, random_call
+from operator_cases import (
+    BACKENDS,
+    DTYPES,
+    KERNELS,
+    Call,
+    assert_same,
+    assert_within_rule,
+    calls,
+    cotangents,
+    random_call,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,16 +47,16 @@ LAYOUTS = {
 layouts = st.sampled_from(list(LAYOUTS))
 
 
-@settings(max_examples=150)
+@settings(max_examples=200)
 @given(
     call=calls(),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from((torch.float64, torch.float16, torch.bfloat16)),
     kernel_dtype=st.sampled_from((torch.float32, *DTYPES)),
     layout=st.fixed_dictionaries({name: layouts for name in "qkv"}),
     kernel_layout=st.sampled_from(("contiguous", "cropped", "channels first")),
 )
-def test_torch_backend_keeps_the_error_rule(call, dtype, kernel_dtype, layout, kernel_layout):
-    """Out, lse and every gradient; truth and plain get the same bits."""
+def test_torch_backend_equals_reference(call, dtype, kernel_dtype, layout, kernel_layout):
+    """Out, lse and every gradient, by the error rule; in float64, where truth is no better, to rounding."""
 
     def arrange(call):
         call = call.map(lambda x: x, LAYOUTS[kernel_layout])
@@ -54,8 +65,34 @@ def test_torch_backend_keeps_the_error_rule(call, dtype, kernel_dtype, layout, k
     d = [x.to(dtype) for x in cotangents(call)]
     call = call.to(dtype, kernel_dtype)
     truth = call.to(torch.float64).results("reference", d, arrange)
-    plain, x = (call.results(backend, d, arrange) for backend in ("definition", "torch"))
-    assert_within_rule(x, truth, plain, dtype, kernel_dtype)
+    x = call.results("torch", d, arrange)
+    if dtype == kernel_dtype == torch.float64:
+        assert_same(x, truth)
+    elif dtype == torch.float64:
+        assert_same(*({name: y for name, y in results.items() if "kernels" not in name} for results in (x, truth)))
+        kernels = [{name: y for name, y in results.items() if "kernels" in name} for results in (x, truth, truth)]
+        assert_within_rule(*kernels, kernel_dtype)
+    else:
+        assert_within_rule(x, truth, call.results("definition", d, arrange), dtype, kernel_dtype)
+
+
+# In float32 the rule compares two errors of the same size: it takes many numbers for their maxima to say something.
+SINGLE = {
+    "1D": random_call((131,), 4, 3, batch=2, head_dim=8, levels=(2, 2)),
+    "causal": random_call((131,), 4, 2, batch=2, head_dim=8, levels=(3, 1), causal=True),
+    "1D linear": random_call((131,), 4, 3, batch=2, head_dim=8, linear=2, mask=0.8),
+    "2D": random_call((19, 23), 2, 4, batch=2, head_dim=8, mask=0.8),
+    "2D linear": random_call((19, 23), 2, 4, batch=2, head_dim=8, linear=1),
+    "3D": random_call((5, 6, 7), 1, 2, batch=2, head_dim=8),
+    "3D linear": random_call((5, 6, 7), 1, 4, batch=2, head_dim=8, linear=2),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_torch_backend_keeps_the_error_rule_in_float32(case):
+    call, d = SINGLE[case].to(torch.float32), [x.float() for x in cotangents(SINGLE[case])]
+    truth = call.to(torch.float64).results("reference", d)
+    assert_within_rule(call.results("torch", d), truth, call.results("definition", d), torch.float32)
 
 
 @on_both
@@ -146,9 +183,7 @@ def test_kernels_of_unused_levels_get_gradients_of_zero(backend, cell_size, line
 
 @on_both
 def test_one_argument_alone_can_need_a_gradient(backend):
-    call = random_call((9, 7), 2, 2, levels=(2, 1), linear=1)
-    expected = torch.autograd.grad(call.to(torch.float64).run(backend)[0].sum(), [])
-    full = call.to(torch.float64)
+    full = random_call((9, 7), 2, 2, levels=(2, 1), linear=1).to(torch.float64)
     expected = torch.autograd.grad(full.run(backend)[0].square().sum(), full.leaves())
     for i, grad in enumerate(expected):
         leaves = [x.detach() for x in full.leaves()]
@@ -201,40 +236,43 @@ OP_CASES = {
 
 @pytest.mark.parametrize("case", OP_CASES)
 def test_op_is_registered_as_it_should(case):
-    """Schema, fake and autograd, of the op and of its backward."""
-    arguments = op_arguments(OP_CASES[case])
+    """Schema, fake and autograd."""
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if case == "linear, masked":
         checks += ("test_aot_dispatch_dynamic",)
-    torch.library.opcheck(torch.ops.fma2d.multipole_attention.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.fma2d.multipole_attention.default, op_arguments(OP_CASES[case]), test_utils=checks)
+
+
+@pytest.mark.parametrize("check", ("test_schema", "test_autograd_registration", "test_faketensor"))
+@pytest.mark.parametrize("case", OP_CASES)
+def test_backward_op_is_registered_as_it_should(case, check):
+    arguments = op_arguments(OP_CASES[case])
     out, lse = (x.detach() for x in torch.ops.fma2d.multipole_attention(*arguments))
-    saved = (out, lse, torch.ones_like(out), torch.ones_like(lse))
-    backward = (*arguments[:6], *saved, *arguments[6:])
-    torch.library.opcheck(torch.ops.fma2d.multipole_attention_backward.default, backward, test_utils=checks[:3])
+    arguments = (*arguments[:6], out, lse, torch.ones_like(out), torch.ones_like(lse), *arguments[6:])
+    torch.library.opcheck(torch.ops.fma2d.multipole_attention_backward.default, arguments, test_utils=check)
 
 
 def test_compiles_to_one_graph_for_all_sizes():
-    """Levels, cells and cut edges are no business of the compiler: no size is a reason to compile again."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    """Levels, cells and cut edges are no business of the compiler: no size is a reason to compile again.
+
+    The first call has no two sizes alike: a compiler may take equal ones for one size.
+    """
+    counter = CompileCounterWithBackend("aot_eager")
     kernels = random_call((9, 7), 1, 2, levels=(2, 1), linear=1).to(torch.float32)
 
-    def run(call):
-        out, lse = call.run("auto")
+    def run(q, k, v):
+        out, lse = Call(kernels | {"q": q, "k": k, "v": v}).run("auto")
         return out * 2, lse
 
-    compiled = torch.compile(
-        lambda q, k, v: run(Call(kernels | {"q": q, "k": k, "v": v})), fullgraph=True, dynamic=True, backend=counter
-    )
-    for i, grid in enumerate(((9, 7), (5, 21), (8, 8), (2, 2), (33, 3))):
-        call = random_call(grid, 1, 2, batch=2 + i % 2, seed=i).to(torch.float32)
-        call = Call(call | {name: kernels[name] for name in KERNELS})
-        d = cotangents(call)
-        eager, outputs = run(call), compiled(*(call[name] for name in "qkv"))
-        for x, y in zip(outputs, eager, strict=True):
-            torch.testing.assert_close(x, y)
-        d = [x.float() for x in d]
-        grads = [torch.autograd.grad(o, call.leaves(), d) for o in (outputs, eager)]
-        for x, y in zip(*grads, strict=True):
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    for seed, (batch, *grid) in enumerate(((5, 9, 7), (2, 5, 21), (3, 8, 8), (4, 2, 2), (2, 33, 3))):
+        call = random_call(grid, 1, 2, batch=batch, seed=seed).to(torch.float32)
+        tokens, d = [call[name] for name in "qkv"], [x.float() for x in cotangents(call, seed)]
+        leaves = [*tokens, *kernels.leaves()[3:]]
+        results = [
+            (*outputs, *torch.autograd.grad(outputs, leaves, d)) for outputs in (compiled(*tokens), run(*tokens))
+        ]
+        for x, y in zip(*results, strict=True):
             torch.testing.assert_close(x, y)
     assert counter.frame_count == 1
 

@@ -39,7 +39,7 @@ def dense(q, k, v, exists=None, causal=False):
     return score.softmax(-1) @ v, score.logsumexp(-1)
 
 
-@settings(max_examples=100)
+@settings(max_examples=200)
 @given(calls())
 def test_reference_is_the_definition(call):
     """The anchor of all other tests: outputs, log-sum-exps and all gradients."""
@@ -48,7 +48,7 @@ def test_reference_is_the_definition(call):
 
 
 @on_both
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(
     grid=st.sampled_from(((13, 21), (37,), (5, 6, 7), (9, 1))),
     cell_size=st.sampled_from((1, 2, 3)),

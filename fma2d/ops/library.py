@@ -105,9 +105,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, d_out, d_lse):
     q, k, v, key_mask, out, lse, *kernels = ctx.saved_tensors
-    grads = multipole_attention_backward(
-        q, k, v, kernels, ctx.levels, key_mask, out, lse, d_out, d_lse, *ctx.settings
-    )
+    grads = multipole_attention_backward(q, k, v, kernels, ctx.levels, key_mask, out, lse, d_out, d_lse, *ctx.settings)
     return *grads[:3], grads[3:], None, *[None] * (1 + len(ctx.settings))
 
 

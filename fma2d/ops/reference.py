@@ -17,7 +17,14 @@ TOKENS = "ijl"
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_kernels, value_kernels, query_kernels, key_mask: Tensor | None, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kernels,
+    value_kernels,
+    query_kernels,
+    key_mask: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32 or wider."""
     probabilities, values, lse, exists = _cover(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
@@ -45,7 +52,7 @@ def attention_map(
 
 
 def _cover(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options):
-    """Lists over the near field and the levels: probabilities `[B, heads, n, entries]` and values; then lse, existence."""
+    """Lists over the near field and the levels: probabilities `[B, heads, n, entries]`, values; lse; existence."""
     grid = q.shape[2:-1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if key_mask is not None:
@@ -99,7 +106,9 @@ def _relation(grid, level: int, options: Options, device) -> tuple[Tensor, Tenso
         return attended, torch.arange(len(token), device=device)
     cells = num_cells(grid, side)
     cell = torch.cartesian_prod(*[torch.arange(c, device=device) for c in cells]).reshape(-1, len(grid))
-    attended = ((own[:, None] - cell[None]).abs().amax(-1) > 1) & ((own[:, None] // 2 - cell[None] // 2).abs().amax(-1) <= 1)
+    attended = ((own[:, None] - cell[None]).abs().amax(-1) > 1) & (
+        (own[:, None] // 2 - cell[None] // 2).abs().amax(-1) <= 1
+    )
     if options.causal:
         attended &= cell[None, :, 0] < own[:, None, 0]
     parts = tiling(options.rank, len(grid))

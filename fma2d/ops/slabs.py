@@ -59,6 +59,14 @@ class State(NamedTuple):
     parts: tuple[int, ...] | None = None
 
 
+def own_parts(cell: tuple[int, ...], parts: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """An axis each: which of the parts of a cell holds each of its positions, `[positions, parts]` bool."""
+    return tuple(
+        torch.tensor(subcells(c, c, p), device=device)[:, None] == torch.arange(p, device=device)
+        for c, p in zip(cell, parts, strict=True)
+    )
+
+
 class Tile(NamedTuple):
     """Cells computed at once: a run of inner cells of one batch entry, or (a part of) one cell of several entries.
 
@@ -121,20 +129,20 @@ class KeySlab:
     def zeros_like(self) -> KeySlab:
         return KeySlab(torch.zeros_like(self.data), self.step, self.cells)
 
-    def add_product(self, tile: Tile, left: Tensor, right: Tensor) -> None:
-        """Add `left^T right` (`[cells, positions, window]`, `[cells, positions, channels]`) to the tile's windows."""
+    def add_product(self, tile: Tile, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        """Add `scale * left^T right`, `[cells, positions, window | channels]` each, to the tile's windows."""
         if not tile.run:
-            self[tile].baddbmm_(left.mT, right)
+            self[tile].baddbmm_(left.mT, right, alpha=scale)
             return
         # Windows overlap, their parts of one cell do not.
         for part in range(self.cells):
             start, stop = (cell - 1 + part for cell in (tile.cells.start, tile.cells.stop))
             keys = self.data[tile.batch, start * self.step : stop * self.step].unflatten(0, (-1, self.step))
-            keys.baddbmm_(left[..., part * self.step : (part + 1) * self.step].mT, right)
+            keys.baddbmm_(left[..., part * self.step : (part + 1) * self.step].mT, right, alpha=scale)
 
 
 class Addends(NamedTuple):
-    """What is added to scores: indexed by a tile, it gives None or something broadcastable to `[cells, rows, window]`."""
+    """What is added to scores: indexed by a tile, None or something broadcastable to `[cells, rows, window]`."""
 
     row: Row
     bias: KeySlab | None
@@ -179,7 +187,9 @@ def rows(q: Tensor, k: Tensor, windows: Windows, dtype: torch.dtype) -> Iterator
 class Row:
     """One row of cells: its slabs and its tiles."""
 
-    def __init__(self, q: Tensor, k: Tensor, windows: Windows, index: tuple[int, ...], dtype: torch.dtype, patterns: dict):
+    def __init__(
+        self, q: Tensor, k: Tensor, windows: Windows, index: tuple[int, ...], dtype: torch.dtype, patterns: dict
+    ):
         self.windows, self.index, self.dtype, self._patterns = windows, index, dtype, patterns
         self.entries, self.heads, self.device = q.shape[0], q.shape[-2], q.device
         self.query_box, self.key_box, self.lead = [], [], []
@@ -218,9 +228,11 @@ class Row:
                 part = slice(start, min(start + most, positions))
                 yield Tile(False, slice(i, i + self.tile_size), slice(cell, cell + 1), part)
 
-    def queries(self, x: Tensor, scale: float = 1.0) -> Slab:
-        data = self._take(x, self.query_box)
-        return Slab(data if scale == 1.0 else data * scale, self.cell * self.across, self.inner)
+    def queries(self, x: Tensor) -> Slab:
+        return Slab(self._take(x, self.query_box), self.cell * self.across, self.inner)
+
+    def lses(self, lse: Tensor) -> Slab:
+        return self.queries(lse[..., None])
 
     def keys(self, x: Tensor) -> KeySlab:
         return KeySlab(self._take(x, self.key_box), self.key_cell * self.key_across, self.window)
@@ -288,18 +300,15 @@ class Row:
         """`[1, rows, entries]`: `ABSENT` where a shared entry is of another part of the cell, else 0."""
         key = ("foreign", *self.lead)
         if key not in self._patterns:
-            own = []
-            for cell, p in zip(self.windows.query_cell, parts, strict=True):
-                part = torch.tensor(subcells(cell, cell, p))
-                own.append(part[:, None] == torch.arange(p))
-            lead = [pattern[:rows] for pattern, (rows, _, _) in zip(own, self.lead, strict=False)]
-            pattern = _every(own[-1], lead).flatten(2).flatten(0, 1)
-            self._patterns[key] = torch.where(pattern, 0.0, ABSENT).to(self.device, self.dtype)[None]
+            *lead, last = own_parts(self.windows.query_cell, parts, self.device)
+            lead = [pattern[:rows] for pattern, (rows, _, _) in zip(lead, self.lead, strict=True)]
+            pattern = _every(last, lead).flatten(2).flatten(0, 1)
+            self._patterns[key] = torch.where(pattern, 0.0, ABSENT).to(self.dtype)[None]
         return self._patterns[key][:, tile.part]
 
 
 def _every(last: Tensor, lead: list[Tensor]) -> Tensor:
-    """Where all axes' `[positions, columns]` are True: `[positions of the last axis, across, columns of it, across]`."""
+    """Where all axes' `[positions, columns]` are True: `[positions, across, columns, across]`, the last axis first."""
     pattern = last[:, None, :, None]
     for axis in lead:
         pattern = pattern[:, :, None, :, :, None] & axis[None, None, :, None, None, :]

@@ -2,13 +2,17 @@
 
 Near field and far field are the same shape of work: the queries of a cell attend to the cell itself and its
 neighbours. In the near field the cells hold tokens; at a coarse level they are parents that hold summary tokens, their
-own neighbours excluded by a fixed pattern. `slabs.py` cuts the arrays into tiles; this file computes on them.
+own neighbours excluded by a fixed pattern. `slabs.py` and, for small cells, `gather.py` cut the arrays into tiles; this
+file computes on them.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .slabs import ABSENT, State, Windows, rows
+from .gather import SMALL, Run, pairs_per_cell, runs
+from .slabs import ABSENT, Row, State, Windows, rows
 
 
 def forward(
@@ -27,14 +31,14 @@ def forward(
     """
     out = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:-1], dtype=dtype)
-    for row in rows(q, k, windows, dtype):
-        queries, keys, values = row.queries(q, windows.scale), row.keys(k), row.keys(v)
+    for row in _pieces(q, k, windows, dtype):
+        queries, keys, values = row.queries(q), row.keys(k), row.keys(v)
         addends = row.addends(bias)
         row_out, row_lse = queries.empty_like(), queries.empty_like(1)
         if state is not None:
             carried = row.carried(state)
         for tile in row.tiles():
-            scores = _scores(queries[tile], keys[tile], addends[tile])
+            scores = _scores(queries[tile], keys[tile], addends[tile], windows.scale)
             # Results do not depend on `top`, so no gradient passes through it.
             top = scores.detach().amax(-1, keepdim=True)
             if state is not None:
@@ -83,19 +87,19 @@ def backward(
     """
     lse = torch.where(lse < ABSENT / 2, -ABSENT, lse)  # empty queries: probabilities 0
     d_state = None if state is None else State(torch.empty_like(state.value), torch.empty_like(state.lse), state.parts)
-    for row in rows(q, k, windows, d_q.dtype):
-        queries, keys, values = row.queries(q, windows.scale), row.keys(k), row.keys(v)
+    for row in _pieces(q, k, windows, d_q.dtype):
+        queries, keys, values = row.queries(q), row.keys(k), row.keys(v)
         addends = row.addends(bias)
-        lses, deltas, d_outs = row.queries(lse[..., None]), row.queries(delta[..., None]), row.queries(d_out)
+        lses, deltas, d_outs = row.lses(lse), row.queries(delta[..., None]), row.queries(d_out)
         row_d_q, row_d_k, row_d_v = queries.empty_like(), keys.zeros_like(), values.zeros_like()
         if state is not None:
             carried = row.carried(state)
             d_carried = carried.zeros_like()
         for tile in row.tiles():
-            weights = _scores(queries[tile], keys[tile], addends[tile]).sub_(lses[tile]).exp_()
+            weights = _scores(queries[tile], keys[tile], addends[tile], windows.scale).sub_(lses[tile]).exp_()
             d_scores = torch.bmm(d_outs[tile], values[tile].mT).sub_(deltas[tile]).mul_(weights)
             row_d_q[tile].copy_(torch.bmm(d_scores, keys[tile]))
-            row_d_k.add_product(tile, d_scores, queries[tile])
+            row_d_k.add_product(tile, d_scores, queries[tile], windows.scale)
             row_d_v.add_product(tile, weights, d_outs[tile])
             if state is not None:
                 before, value_before = carried[tile]
@@ -111,5 +115,11 @@ def backward(
     return d_state
 
 
-def _scores(q: Tensor, k: Tensor, addend: Tensor | None) -> Tensor:
-    return torch.bmm(q, k.mT) if addend is None else torch.baddbmm(addend, q, k.mT)
+def _pieces(q: Tensor, k: Tensor, windows: Windows, dtype: torch.dtype) -> Iterator[Row | Run]:
+    return (runs if pairs_per_cell(windows) <= SMALL else rows)(q, k, windows, dtype)
+
+
+def _scores(q: Tensor, k: Tensor, addend: Tensor | None, scale: float) -> Tensor:
+    if addend is None:
+        return torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
+    return torch.baddbmm(addend, q, k.mT, alpha=scale)

@@ -1,0 +1,204 @@
+"""The operator against dense attention on the same tokens."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fma2d import multipole_attention, num_levels, start_kernels
+from fma2d.geometry import cell_side, neighbours
+
+from .harness import GateError, Task, Work, text_table
+
+MODES = ("forward", "forward+backward")
+VARIANTS = ("linear", "loglinear")
+DENSE = "sdpa"
+
+
+def tasks(
+    grids: Sequence[tuple[int, int]],
+    modes: Sequence[str] = MODES,
+    variants: Sequence[str] = ("linear",),
+    backend: str = "torch",
+    batch: int = 1,
+    heads: int = 2,
+    head_dim: int = 64,
+    cell_size: int = 8,
+    rank: int = 4,
+    **setting,
+) -> list[Task]:
+    """Tasks for each grid: `fma2d-<backend>` in each variant, then dense attention; `setting`: of `Task`."""
+    found = []
+    for height, width in sorted(grids, key=prod):
+        for mode in modes:
+            subject = dict(benchmark="operator", mode=mode, height=height, width=width)
+            subject |= dict(batch=batch, heads=heads, head_dim=head_dim)
+            for variant in variants:
+                own = dict(name=f"fma2d-{backend}", variant=variant, cell_size=cell_size, rank=rank)
+                cost = sum(pairs((height, width), cell_size, rank, variant))
+                found.append(Task(f"{__name__}:build", subject | own, cost, **setting))
+            found.append(Task(f"{__name__}:build", subject | {"name": DENSE}, (height * width) ** 2, **setting))
+    return found
+
+
+def build(
+    *, benchmark, name, mode, height, width, batch, heads, head_dim, device, dtype, variant="", cell_size=8, rank=4
+) -> Work:
+    """The work of a row. In memory q, k and v lie as a fused projection leaves them, channels last."""
+    like = dict(device=device, dtype=getattr(torch, dtype))
+    learn = mode == "forward+backward"
+
+    def inputs(grid) -> list[Tensor]:
+        """q, k, v `[B, heads, *grid, head_dim]`, then the kernels of all levels."""
+        tokens = torch.randn(batch, *grid, 3, heads, head_dim, **like).movedim(-3, 0).movedim(-2, 2)
+        levels = 0 if name == DENSE else num_levels(grid, cell_size) * (3 if variant == "linear" else 2)
+        kernels = [start_kernels(1, cell_size, rank, 2, heads, head_dim, device=device) for _ in range(levels)]
+        return [x.detach().requires_grad_(learn) for x in (*tokens, *(w for axes in kernels for w in axes))]
+
+    def attend(q, k, v, *kernels) -> Tensor:
+        if name == DENSE:
+            return F.scaled_dot_product_attention(*(x.flatten(2, 3) for x in (q, k, v))).view(q.shape)
+        groups = by_level(kernels, num_levels(q.shape[2:-1], cell_size), 3 if variant == "linear" else 2)
+        return multipole_attention(
+            q, k, v, *groups[:2], query_kernels=groups[2], cell_size=cell_size, rank=rank, backend=name.split("-")[1]
+        )
+
+    def step(leaves, d_out) -> list[Tensor]:
+        out = attend(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, d_out)] if learn else [out]
+
+    def work(grid):
+        leaves = inputs(grid)
+        d_out = torch.randn(batch, *grid, heads, head_dim, **like).movedim(-2, 1) if learn else None
+        return lambda: step(leaves, d_out)
+
+    def check(results: list[Tensor]) -> None:
+        if results[0].shape != (batch, heads, height, width, head_dim) or not all(x.isfinite().all() for x in results):
+            raise GateError("a result has another shape than it should, or values that are not finite")
+
+    def facts() -> dict:
+        grid = (height, width)
+        count = (height * width) ** 2 if name == DENSE else sum(pairs(grid, cell_size, rank, variant))
+        # Products of a pair: its score and its value; backward, the score again and four gradients.
+        return dict(tokens=batch * height * width, macs=count * batch * heads * head_dim * (7 if learn else 2))
+
+    tiny = work((4 * cell_size, 4 * cell_size))
+    return Work(step=work((height, width)), check=check, warm_up=tiny, facts=facts)
+
+
+def by_level(kernels: Sequence[Tensor], levels: int, groups: int) -> list[list[list[Tensor]] | None]:
+    """The flat kernels of two axes as key, value and query kernels by level, query kernels None for two groups."""
+    axes = [list(kernels[i : i + 2]) for i in range(0, len(kernels), 2)]
+    return [axes[i * levels : (i + 1) * levels] if i < groups else None for i in range(3)]
+
+
+def gate(device: str, dtype: str, backend: str, variants: Sequence[str] = VARIANTS) -> None:
+    """Hold a backend to the reference on a small ragged grid with random kernels, gradients included.
+
+    The rule: `max|x - truth| <= 2 max|plain - truth| + 4 eps max|truth|`, where truth is the reference in float64 and
+    plain the reference in `dtype`.
+
+    Raises:
+        GateError: with the result that breaks it.
+    """
+    grid, cell_size, rank, heads, head_dim = (37, 22), 4, 4, 2, 8
+    low = getattr(torch, dtype)
+    random = dict(generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = torch.randn(3, 1, heads, *grid, head_dim, **random)
+    kernels = torch.randn(12, rank, heads, head_dim, cell_size, **random) / cell_size
+    d_out = torch.randn(1, heads, *grid, head_dim, **random).to(device, low)
+    leaves = [x.to(device, low) for x in (*tokens, *kernels)]
+    names = ["out", *(f"gradient of {what}" for what in ("q", "k", "v", *(f"kernel {i}" for i in range(12))))]
+
+    def results(backend, dtype, variant):
+        own = [x.to(dtype).requires_grad_() for x in leaves]
+        groups = by_level(own[3:], 2, 3 if variant == "linear" else 2)
+        options = dict(query_kernels=groups[2], cell_size=cell_size, rank=rank, backend=backend)
+        out = multipole_attention(*own[:3], *groups[:2], **options)
+        grads = torch.autograd.grad(out, own, d_out.to(dtype), allow_unused=True, materialize_grads=True)
+        return [x.detach().double() for x in (out, *grads)]
+
+    for variant in variants:
+        runs = (results(backend, low, variant), results("reference", low, variant))
+        truths = results("reference", torch.float64, variant)
+        for what, x, plain, truth in zip(names, *runs, truths, strict=True):
+            error = (x - truth).abs().max()
+            allowed = 2 * (plain - truth).abs().max() + 4 * torch.finfo(low).eps * truth.abs().max()
+            if not error <= allowed:
+                where = f"{backend} backend, {variant}, {dtype}, {device}"
+                raise GateError(f"{where}: {what} is {error:.3g} away from the reference, allowed are {allowed:.3g}")
+
+
+def pairs(grid: Sequence[int], cell_size: int, rank: int, variant: str) -> tuple[int, int]:
+    """Pairs of a query and what it attends to, absent cells left out: `(near, far)`.
+
+    Each coarse cell counts `rank` summary tokens; in the linear variant it has as many queries.
+    """
+    sizes = [_sizes(extent, cell_size) for extent in grid]
+    near = prod(sum(s * sum(axis[n] for n in neighbours(c, len(axis))) for c, s in enumerate(axis)) for axis in sizes)
+    far = 0
+    for level in range(1, num_levels(tuple(grid), cell_size) + 1):
+        sizes = [_sizes(extent, cell_side(level, cell_size)) for extent in grid]
+        queries = [[1] * len(axis) if variant == "linear" else axis for axis in sizes]
+        children = prod(sum(s * _children(c, len(axis)) for c, s in enumerate(axis)) for axis in queries)
+        adjacent = prod(sum(s * len(neighbours(c, len(axis))) for c, s in enumerate(axis)) for axis in queries)
+        far += (children - adjacent) * rank * (rank if variant == "linear" else 1)
+    return near, far
+
+
+def _sizes(extent: int, side: int) -> list[int]:
+    """Tokens in each cell of an axis."""
+    return [min(side, extent - start) for start in range(0, extent, side)]
+
+
+def _children(cell: int, cells: int) -> int:
+    """Children of the neighbours of a cell's parent, on an axis."""
+    parents = neighbours(cell // 2, -(-cells // 2))
+    return min(cells, 2 * parents.stop) - 2 * parents.start
+
+
+def flop_bound(row: dict) -> float:
+    """How many times faster than dense attention `row` could be: entries of a query's softmax, dense over its own.
+
+    In the linear variant the far field is one entry, which few coarse queries have computed.
+    """
+    grid = (int(row["height"]), int(row["width"]))
+    near, far = pairs(grid, int(row["cell_size"]), int(row["rank"]), row["variant"])
+    tokens = prod(grid)
+    return tokens / (near / tokens + (min(far, 1) if row["variant"] == "linear" else far / tokens))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of a run beside dense attention in the same run, and what was left out."""
+    dense = {_place(row): row for row in rows if row["name"] == DENSE}
+    lines, notes = [], []
+    for row in rows:
+        if row["status"] != "ok":
+            notes.append(f"{row['name']} {row['height']}x{row['width']} {row['mode']}: {row['status']}")
+        elif row["name"] != DENSE:
+            peer, bound = dense.get(_place(row)), flop_bound(row)
+            line = [f"{row['height']}x{row['width']}", row["mode"], row["name"], row["variant"], _ms(row)]
+            if peer and peer["status"] == "ok":
+                ratio = float(peer["median_ms"]) / float(row["median_ms"])
+                line += [_ms(peer), f"{ratio:.1f}", f"{bound:.1f}", f"{ratio / bound:.2f}"]
+            else:
+                line += ["-", "-", f"{bound:.1f}", "-"]
+            lines.append([*line, _bytes_per_token(row), _bytes_per_token(peer)])
+    header = ["tokens", "mode", "name", "variant", "ms", f"{DENSE} ms", "faster", "FLOP bound", "of it", "B/token"]
+    return "\n".join([text_table([*header, f"{DENSE} B/token"], lines), *notes])
+
+
+def _place(row: dict) -> tuple:
+    return tuple(row[name] for name in ("height", "width", "mode", "batch", "heads", "head_dim", "device", "dtype"))
+
+
+def _ms(row: dict) -> str:
+    return f"{float(row['median_ms']):.1f}"
+
+
+def _bytes_per_token(row: dict | None) -> str:
+    if not row or not row["peak_mib"]:
+        return "-"
+    return f"{float(row['peak_mib']) * 2**20 / int(row['tokens']):.0f}"
