@@ -130,7 +130,7 @@ class FMA2DBackbone(nn.Module):
             share_heads=per_stage("share_heads", share_heads),
         )
         head_dims, mlp_ratios = per_stage("head_dim", head_dim), per_stage("mlp_ratio", mlp_ratio)
-        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        drop_paths = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
 
         self.feature_info = []
         layers = []

@@ -1,0 +1,204 @@
+"""Pictures of what a token attends to: its cover, and attention maps. Drawing needs matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import Grid, cell_side, cover
+from .modules import FMA1d, FMA2d
+from .ops import multipole_attention
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def attention_map(
+    module: FMA2d | FMA1d, x: Tensor, token: tuple[int, ...], key_mask: Tensor | None = None
+) -> Tensor:
+    """How much the query at `token` attends to each token, the same with any backend, in linear memory.
+
+    The probability of a summary token is spread over the existing tokens of its sub-cell, by their overlap with it. That
+    is the gradient of the query's output with respect to the values, if those are aggregated by averaging.
+
+    Args:
+        module: an attention layer.
+        x: its input, `[B, *grid, dim]`.
+        token: index of the query, one integer an axis.
+        key_mask: bool, broadcastable to `[B, *grid]`, True where a token exists.
+
+    Returns:
+        `[B, heads, *grid]` in float32 or wider, nonnegative up to rounding; sums to 1 over the grid, to 0 for a query
+        that does not exist.
+    """
+    grid = x.shape[1:-1]
+    token = tuple(token)
+    if len(token) != len(grid) or not all(0 <= t < n for t, n in zip(token, grid, strict=True)):
+        raise ValueError(f"token must be an index into the grid {tuple(grid)}, got {token}")
+    with torch.no_grad():
+        q, k, _ = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in module.project(x))
+    options = module.call_options() | dict(value_kernels=[], key_mask=key_mask)
+    with torch.enable_grad():
+        v = torch.zeros_like(q, requires_grad=True)
+        out = multipole_attention(q, k, v, **options)
+        # Channels do not mix: one is enough.
+        (grad,) = torch.autograd.grad(out[(..., *token, 0)].sum(), v)
+    return grad[..., 0]
+
+
+def model_attention_map(
+    model: nn.Module, image: Tensor, stage: int, block: int, point: tuple[int, int]
+) -> Tensor:
+    """The attention map of the token at a point of an image, in one block of a backbone.
+
+    Args:
+        model: an FMA2D model.
+        image: `[B, channels, H, W]`.
+        stage, block: where, counted from 0.
+        point: row and column in pixels.
+
+    Returns:
+        `[B, heads, *grid]`, the grid of that stage.
+    """
+    height, width = image.shape[-2:]
+    if not (0 <= point[0] < height and 0 <= point[1] < width):
+        raise ValueError(f"point must be a row and a column of the image {height} x {width}, got {point}")
+    module = model.stages[stage].blocks[block].attn
+    if not isinstance(module, FMA2d):
+        raise TypeError(f"the attention of stage {stage}, block {block} must be an FMA2d, got {type(module).__name__}")
+
+    class Reached(Exception):
+        pass
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise Reached(args[0])
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            model(image)
+    except Reached as reached:
+        (x,) = reached.args
+    finally:
+        handle.remove()
+    return attention_map(module, x, (point[0] * x.shape[1] // height, point[1] * x.shape[2] // width))
+
+
+def draw_cover(
+    grid: Grid, cell_size: int, token: tuple[int, ...], photo=None, causal: bool = False, ax: Axes | None = None
+) -> Axes:
+    """Draw what a token attends to: the near field, whose tokens count one by one, and the coarse cells of each level.
+
+    Args:
+        grid: token extents, `(H, W)`, or `(N,)` drawn as a strip.
+        cell_size: tokens per side of a base cell.
+        token: index of the query.
+        photo: `[h, w, 3]` or `[h, w]` array laid under it, of any size (two axes only).
+        causal: as in `fma2d.cover`.
+        ax: where to draw; default: a new figure.
+
+    Returns:
+        The axes, in units of tokens: a rectangle for the near field, one for each coarse cell, one for the token.
+    """
+    from matplotlib.collections import LineCollection
+    from matplotlib.patches import Rectangle
+
+    near, far = cover(grid, cell_size, token, causal)
+    if len(grid) > 2:
+        raise ValueError(f"grid must have 1 or 2 axes to be drawn, got {len(grid)}")
+    height, width = grid if len(grid) == 2 else (1, *grid)
+    if ax is None:
+        ax = _new_axes(width, height if len(grid) == 2 else width / 12)
+    if photo is not None:
+        ax.imshow(photo, extent=(0, width, height, 0), cmap="gray")
+
+    def rectangle(bounds: tuple[tuple[int, int], ...], **style) -> Rectangle:
+        (top, bottom), (left, right) = bounds if len(bounds) == 2 else ((0, 1), *bounds)
+        return ax.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
+
+    def box(color, opacity: float, **style) -> dict:
+        return dict(facecolor=(*color, opacity), edgecolor=(*color, 1.0), **style)
+
+    opacity = 0.35 if photo is not None else 0.55
+    colors = _level_colors(max((level for level, _, _ in far), default=0) + 1)
+    for level, _, bounds in far:
+        same = [entry for entry in far if entry[0] == level]
+        label = None
+        if bounds == same[0][2]:
+            side = cell_side(level, cell_size)
+            size = "x".join([str(side)] * len(grid))
+            label = f"level {level}: {len(same)} cells of {size}"
+        rectangle(bounds, label=label, **box(colors[level], opacity, linewidth=1.2))
+    spans = tuple((min(axis), max(axis) + 1) for axis in zip(*near, strict=True))
+    rectangle(spans, label=f"near field: {len(near)} tokens", zorder=3, **box(colors[0], opacity, linewidth=1.5))
+    (top, bottom), (left, right) = spans if len(spans) == 2 else ((0, 1), *spans)
+    between = [[(x, top), (x, bottom)] for x in range(left + 1, right)]
+    between += [[(left, y), (right, y)] for y in range(top + 1, bottom)]
+    ax.add_collection(LineCollection(between, colors=[(*colors[0], 0.5)], linewidths=0.3, zorder=3))
+    rectangle(tuple((t, t + 1) for t in token), facecolor="black", edgecolor="white", label="the token", zorder=4)
+
+    ax.set_xlim(0, width)
+    ax.set_ylim(height, 0)
+    ax.set_aspect("equal" if len(grid) == 2 else "auto")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    handles, labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: (labels[i].startswith("level"), labels[i]))
+    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+    place = dict(loc="center left", bbox_to_anchor=(1.01, 0.5)) if len(grid) == 2 else dict(
+        loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=3
+    )
+    ax.legend(handles, labels, frameon=False, **place)
+    return ax
+
+
+def draw_attention(
+    attention: Tensor, photo, point: tuple[int, int], ax: Axes | None = None
+) -> Axes:
+    """Lay an attention map over a photo, in multiples of even attention.
+
+    Args:
+        attention: `[H, W]`, or `[heads, H, W]`, of which the mean is shown.
+        photo: `[h, w, 3]` array.
+        point: row and column of the query, in pixels of the photo.
+        ax: where to draw; default: a new figure.
+    """
+    import numpy as np
+
+    photo = np.asarray(photo)
+    height, width = photo.shape[:2]
+    if ax is None:
+        ax = _new_axes(width, height)
+    if attention.dim() == 3:
+        attention = attention.mean(0)
+    relative = (attention * attention.numel()).double().cpu().numpy()
+    gray = photo[..., :3].mean(-1) if photo.ndim == 3 else photo
+    ax.imshow(gray, cmap="gray", extent=(0, width, height, 0))
+    low, high = np.quantile(relative, (0.01, 0.99))
+    shown = ax.imshow(
+        relative, cmap="magma", vmin=low, vmax=high, alpha=0.65, extent=(0, width, height, 0), interpolation="nearest"
+    )
+    ax.plot(point[1] + 0.5, point[0] + 0.5, marker="o", markersize=7, color="cyan", markeredgecolor="black")
+    ax.set_xlim(0, width)
+    ax.set_ylim(height, 0)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.02)
+    return ax
+
+
+def _new_axes(width: float, height: float) -> Axes:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(9, max(1.8, min(9, 6 * height / width))), layout="constrained").add_subplot()
+
+
+def _level_colors(count: int) -> list[tuple[float, float, float]]:
+    """Colours of the near field and the levels, far apart for any two that touch."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10"].colors
+    order = (3, 0, 2, 1, 4, 9, 6, 8)
+    return [palette[order[i % len(order)]] for i in range(count)]

@@ -1,0 +1,174 @@
+"""The backbone and its registered timm models."""
+
+import logging
+
+import pytest
+import timm
+import torch
+
+import fma2d
+from fma2d import layers
+from fma2d.baselines import DenseAttention, SpatialReductionAttention, WindowAttention
+
+NAMES = ["fma2d_base", "fma2d_large", "fma2d_nano", "fma2d_small", "fma2d_tiny"]
+
+
+def test_all_models_are_registered():
+    assert timm.list_models("fma2d*") == NAMES
+
+
+@pytest.mark.parametrize("name, millions, kernel_millions", [("base", 87.8, 0.2), ("large", 196.5, 0.3)])
+def test_sizes_match_swin(name, millions, kernel_millions):
+    with torch.device("meta"):
+        model = timm.create_model(f"fma2d_{name}")
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    kernels = sum(size for n, size in sizes.items() if n.endswith("kernels"))
+    assert abs((sum(sizes.values()) - kernels) / 1e6 - millions) <= 0.05 * millions
+    assert abs(kernels / 1e6 - kernel_millions) < 0.01
+
+
+@pytest.mark.parametrize("size", [(224, 224), (512, 683), (97, 33), (32, 32), (4, 260)])
+def test_features_of_any_input_size(size):
+    model = timm.create_model("fma2d_nano", features_only=True).eval()
+    with torch.inference_mode():
+        features = model(torch.randn(1, 3, *size))
+    reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
+    assert reductions == [4, 8, 16, 32] and channels == [32, 64, 160, 256]
+    expected = [(1, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(channels, reductions, strict=True)]
+    assert [tuple(f.shape) for f in features] == expected
+
+
+def test_batch_entries_never_influence_each_other():
+    model = timm.create_model("fma2d_nano", num_classes=7).eval()
+    x = torch.randn(3, 3, 70, 90)
+    with torch.inference_mode():
+        together = model(x)
+        alone = torch.cat([model(image[None]) for image in x])
+        changed = model(torch.cat((x[:1], torch.randn(2, 3, 70, 90))))
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together[:1], changed[:1], atol=1e-5)
+
+
+def test_options_reach_the_layers():
+    model = timm.create_model(
+        "fma2d_nano",
+        num_classes=0,
+        in_chans=5,
+        img_size=512,
+        cell_size=(4, 4, 8, 8),
+        rank=(1, 2, 4, 4),
+        variant=("loglinear", "linear", "linear", "linear"),
+        drop_path_rate=0.3,
+    )
+    attn = [stage.blocks[0].attn for stage in model.stages]
+    assert [a.cell_size for a in attn] == [4, 4, 8, 8] and [a.rank for a in attn] == [1, 2, 4, 4]
+    assert [a.variant for a in attn] == ["loglinear", "linear", "linear", "linear"]
+    assert [a.levels for a in attn] == [fma2d.num_levels((512 // s, 512 // s), a.cell_size) for s, a in zip((4, 8, 16, 32), attn)]
+    assert model.stages[-1].blocks[-1].drop_path2.drop_prob == pytest.approx(0.3)
+    assert model(torch.randn(2, 5, 64, 64)).shape == (2, 256)
+    assert [s.blocks[0].attn.levels for s in timm.create_model("fma2d_nano", levels=3).stages] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("options", [dict(window_size=7), dict(cell_size=(8, 8)), dict(variant="dense"), dict(head_dim=48)])
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        timm.create_model("fma2d_nano", **options)
+
+
+def test_forward_intermediates_agree_with_features():
+    model = timm.create_model("fma2d_nano", num_classes=3).eval()
+    x = torch.randn(1, 3, 66, 98)
+    with torch.inference_mode():
+        final, features = model.forward_intermediates(x)
+        (last,) = model.forward_intermediates(x, indices=[1], intermediates_only=True, stop_early=True, output_fmt="NHWC")
+        assert torch.equal(final, model.forward_features(x)) and torch.equal(final, features[-1])
+        assert torch.equal(last.permute(0, 3, 1, 2), features[1])
+        assert torch.equal(model.forward_head(final), model(x))
+    with pytest.raises(ValueError, match="output_fmt"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_mix_ffn_in_bands_is_exact(monkeypatch):
+    """At high resolution the hidden features, not attention, would set the peak of memory."""
+    ffn = layers.MixFFN(8, 32).double().eval()
+    x = torch.randn(2, 23, 11, 8, dtype=torch.float64)
+    whole = ffn(x)
+    largest = 0
+
+    def record(module, inputs, output):
+        nonlocal largest
+        largest = max(largest, output.numel())
+
+    ffn.fc1.register_forward_hook(record)
+    for band in (1, 2 * 11 * 32 * 5, 10**9):
+        monkeypatch.setattr(layers, "BAND", band)
+        largest = 0
+        with torch.no_grad():
+            banded = ffn(x)
+        assert torch.allclose(banded, whole, rtol=0, atol=1e-13)
+        assert largest <= max(band, 2 * 11 * 32) + 2 * (2 * 11 * 32)
+
+
+@pytest.mark.parametrize(
+    "attn_layer",
+    [
+        lambda dim, heads, stage, block: DenseAttention(dim, heads),
+        lambda dim, heads, stage, block: WindowAttention(dim, heads, window=7, shift=3 * (block % 2)),
+        lambda dim, heads, stage, block: SpatialReductionAttention(dim, heads, (8, 4, 2, 1)[stage]),
+    ],
+    ids=["dense", "window", "spatial_reduction"],
+)
+def test_other_attention_on_the_same_skeleton(attn_layer):
+    model = timm.create_model("fma2d_nano", num_classes=4, attn_layer=attn_layer)
+    loss = model(torch.randn(2, 3, 64, 96)).square().sum()
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_window_attention_is_dense_attention_under_its_mask(shift):
+    attn = WindowAttention(8, 2, window=4, shift=shift).double()
+    height, width = 7, 9
+    x = torch.randn(1, height, width, 8, dtype=torch.float64)
+    # Windows of the shifted lattice that do not wrap around: token t lies in window (t - shift) // 4 of its axis.
+    rows, cols = ((torch.arange(n) - shift).div(4, rounding_mode="floor") for n in (height, width))
+    window = (rows[:, None] * 100 + cols).flatten()
+    q, k, v = attn.qkv(x).reshape(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=window[:, None] == window)
+    expected = attn.proj(out.transpose(1, 2).reshape(x.shape))
+    assert torch.allclose(attn(x), expected, atol=1e-12)
+
+
+def test_one_naming_and_a_report_across_settings(caplog):
+    source = timm.create_model("fma2d_nano", num_classes=3)
+    target = timm.create_model("fma2d_nano", num_classes=3, img_size=512, variant="loglinear")
+    with caplog.at_level(logging.WARNING, logger="fma2d"):
+        result = target.load_state_dict(source.state_dict(), strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert {"adapted", "initialised", "dropped"} == {record.args[0] for record in caplog.records}
+    state = source.state_dict()
+    del state["stages.1.blocks.0.attn.qkv.weight"]
+    with pytest.raises(RuntimeError, match=r"stages\.1\.blocks\.0\.attn\.qkv\.weight"):
+        target.load_state_dict(state, strict=True)
+
+
+def test_no_decay_and_layer_groups():
+    from timm.models import group_parameters
+
+    model = timm.create_model("fma2d_nano")
+    assert all(name.endswith("attn.kernels") for name in model.no_weight_decay()) and model.no_weight_decay()
+    groups = group_parameters(model, model.group_matcher())
+    assert sum(len(names) for names in groups.values()) == len(list(model.parameters()))
+    assert len(groups) > sum(len(stage.blocks) for stage in model.stages)
+
+
+def test_a_training_step_with_checkpointing_gives_the_same_gradients():
+    model = timm.create_model("fma2d_nano", num_classes=3)
+    x = torch.randn(2, 3, 72, 64)
+    model(x).square().sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).square().sum().backward()
+    for p, grad in zip(model.parameters(), plain, strict=True):
+        assert torch.allclose(p.grad, grad, atol=1e-5, rtol=1e-4)
