@@ -1,13 +1,14 @@
 """Figures from results files, and from nothing else."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from .records import SETTING, latest
+from .records import SETTING, latest, total_mib
 
 # A figure for each of these; lines in it for each of the second.
 FIGURE = ("benchmark", "mode", *SETTING, "batch")
@@ -20,7 +21,7 @@ def write_figures(rows: Sequence[dict], folder: Path) -> list[Path]:
     groups: dict[tuple, list[dict]] = {}
     for row in latest(rows):
         groups.setdefault(tuple(row[name] for name in FIGURE), []).append(row)
-    names = [f"{group[0]['benchmark']}_{group[0]['mode'].replace(' ', '_').replace('+', '_')}" for group in groups.values()]
+    names = [re.sub(r"\W", "_", f"{group[0]['benchmark']}_{group[0]['mode']}") for group in groups.values()]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, (name, group) in enumerate(zip(names, groups.values(), strict=True)):
@@ -47,31 +48,30 @@ def cost_figure(rows: Sequence[dict]) -> Figure | None:
 
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     time, memory = figure.subplots(1, 2)
+    most = max((total_mib(row) for row in rows if row["peak_mib"]), default=0.0)
+    unit, scale = ("GiB", 1024) if most > 2048 else ("MiB", 1)
     for i, line in enumerate(lines.values()):
         done = [row for row in line if row["status"] == "ok"]
         style = dict(marker=MARKERS[i % len(MARKERS)], color=f"C{i % 10}", label=_label(line, lines), markersize=6)
         time.plot([_side(row) for row in done], [float(row["median_ms"]) / 1000 for row in done], **style)
         known = [row for row in done if row["peak_mib"]]
-        memory.plot([_side(row) for row in known], [total_mib(row) / 1024 for row in known], **style)
+        memory.plot([_side(row) for row in known], [total_mib(row) / scale for row in known], **style)
 
     is_operator = rows[0]["benchmark"] == "operator"
-    for axes, title, unit in ((time, "time", "s"), (memory, "peak memory, inputs and weights included", "GiB")):
+    for axes, title, name in ((time, "time", "s"), (memory, "peak memory, inputs and weights included", unit)):
         _log_axes(axes, sorted({_side(row) for row in rows}), "tokens a side" if is_operator else "pixels a side")
         axes.set_title(title, fontsize=11)
-        axes.set_ylabel(unit)
+        axes.set_ylabel(name)
     handles, labels = time.get_legend_handles_labels()
     columns = 1 if max(map(len, labels)) > 45 else 2
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
     first = rows[0]
-    footer = f"{first['mode']}, batch {first['batch']}, {first['dtype']}; {first['machine']}, {first['threads']} threads; "
+    footer = (
+        f"{first['mode']}, batch {first['batch']}, {first['dtype']}; {first['machine']}, {first['threads']} threads; "
+    )
     footer += f"torch {first['torch']}, fma2d {first['fma2d']} {first['commit']}"
     figure.supxlabel(footer, fontsize=8, color="0.35")
     return figure
-
-
-def total_mib(row: dict) -> float:
-    """Peak memory of a row, inputs and weights included."""
-    return float(row["base_mib"]) + float(row["peak_mib"])
 
 
 def _side(row: dict) -> float:
@@ -99,5 +99,5 @@ def _log_axes(axes: Axes, sides: list[float], name: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)

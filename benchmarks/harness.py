@@ -5,11 +5,13 @@ timed is built there by the function that the task names; see `Task` and `Work`.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .records import ROOT, SUBJECT, Results, new_row
 
@@ -158,7 +160,9 @@ class _Past:
     def why_skip(self, task: Task, seconds: float, left: float) -> str | None:
         """The status of a task that is not worth starting."""
         if status := self._given_up.get(task.series):
-            return status if status.startswith("not") else f"skipped: a smaller size was {status.removeprefix('skipped: ')}"
+            if status.startswith("not"):
+                return status
+            return f"skipped: a smaller size was {status.removeprefix('skipped: ')}"
         cost, measured = self._measured.get(task.series, (task.cost, 0.0))
         expected = measured * task.cost / cost
         if expected > seconds:
@@ -166,6 +170,28 @@ class _Past:
         if START_SECONDS + expected > left:
             return f"skipped: would take {START_SECONDS + expected:.0f} s or more, {max(0, left):.0f} are left"
         return None
+
+
+def idle_cpus() -> int:
+    """How many processors other programs leave, at least 1; known on Linux only, elsewhere all. Warns of busy ones.
+
+    Two threads on a processor and a half can take many times as long as one thread, as each waits for the other.
+    """
+    count = os.cpu_count() or 1
+    if not Path("/proc/stat").exists():
+        return count
+
+    def ticks() -> list[int]:  # user, nice, system, idle, waiting, ..., in hundredths of a second
+        return [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+
+    before = ticks()
+    time.sleep(0.5)
+    spent = [b - a for a, b in zip(before, ticks(), strict=True)]
+    idle = count * sum(spent[3:5]) / max(1, sum(spent))
+    if idle > count - 0.3:
+        return count
+    print(f"Warning: other programs keep {count - idle:.1f} of {count} processors busy: times may be far too long.")
+    return max(1, int(idle))
 
 
 def text_table(header: list[str], rows: list[list]) -> str:

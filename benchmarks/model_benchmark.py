@@ -1,6 +1,5 @@
 """FMA2D models against Swin, ViT and MiT at any resolution."""
 
-import logging
 from collections.abc import Sequence
 
 import timm
@@ -10,11 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import fma2d  # registers its models
+import fma2d  # noqa: F401  (registers its models)
 from fma2d.baselines import SpatialReductionAttention
 
 from .harness import GateError, Task, Work, text_table
 from .operator_benchmark import pairs
+from .records import total_mib
 
 MODES = ("inference", "training step")
 CLASSES = 1000
@@ -43,9 +43,6 @@ def tasks(
     **setting,
 ) -> list[Task]:
     """Tasks for each size, mode and model; `photo`: the file to run on, else noise; `setting`: of `Task`."""
-    unknown = [name for name in models if name not in MIT and not timm.is_model(name)]
-    if unknown:
-        raise ValueError(f"unknown models: {', '.join(unknown)}")
     found = []
     for size in sorted(sizes):
         for mode in modes:
@@ -56,6 +53,11 @@ def tasks(
                     extra = {"photo": photo} if photo else {}
                     found.append(Task(f"{__name__}:build", subject | options, size**2, extra=extra, **setting))
     return found
+
+
+def is_known(name: str) -> bool:
+    """Whether `create` knows a name."""
+    return name in MIT or timm.is_model(name)
 
 
 def create(name: str, size: int, **options) -> nn.Module:
@@ -100,7 +102,9 @@ def build(*, benchmark, name, mode, height, width, batch, device, dtype, photo=N
     def facts() -> dict:
         stride = model.feature_info[0]["reduction"]
         parameters = sum(p.numel() for p in model.parameters())
-        return dict(tokens=batch * (height // stride) * (width // stride), params=parameters, macs=count_macs(model, images))
+        return dict(
+            tokens=batch * (height // stride) * (width // stride), params=parameters, macs=count_macs(model, images)
+        )
 
     return Work(step=step, check=check, warm_up=warm_up, facts=facts)
 
@@ -142,7 +146,7 @@ def table(rows: list[dict]) -> str:
         peer_name = next((group[0] for group in CLASSES_OF_SIZE if row["name"] in group), "")
         peer = ok.get(_place(row | dict(name=peer_name, variant="", cell_size="", rank="")))
         line = [row["height"], row["mode"], row["name"], row["variant"], row["tokens"]]
-        line += [f"{float(row['params']) / 1e6:.1f}", f"{float(row['macs']) / 1e9:.1f}", f"{float(row['median_ms']):.0f}"]
+        line += [f"{int(row['params']) / 1e6:.1f}", f"{int(row['macs']) / 1e9:.1f}", f"{float(row['median_ms']):.0f}"]
         line += [f"{1000 * int(row['batch']) / float(row['median_ms']):.2f}", *_memory_columns(row)]
         line += [f"{float(row['median_ms']) / float(peer['median_ms']):.2f}" if peer else "-"]
         line += [f"{total_mib(row) / total_mib(peer):.2f}" if peer and row["peak_mib"] else "-"]
@@ -150,11 +154,6 @@ def table(rows: list[dict]) -> str:
     header = ["pixels", "mode", "model", "variant", "tokens", "M params", "GMACs", "ms", "images/s"]
     header += ["base MiB", "work MiB", "time/Swin", "memory/Swin"]
     return "\n".join([text_table(header, lines), *notes])
-
-
-def total_mib(row: dict) -> float:
-    """Peak memory, weights and inputs included."""
-    return float(row["base_mib"]) + float(row["peak_mib"])
 
 
 def _memory_columns(row: dict) -> list[str]:

@@ -71,6 +71,11 @@ def latest(rows: list[dict]) -> list[dict]:
     return list({tuple(row[name] for name in KEY): row for row in rows}.values())
 
 
+def total_mib(row: dict) -> float:
+    """Peak memory of a row, inputs and weights included."""
+    return float(row["base_mib"]) + float(row["peak_mib"])
+
+
 def new_row(subject: dict, device: str, dtype: str, threads: int | None) -> dict:
     """A row without results: what is to be measured, and where it comes from; every column a string."""
     facts = subject | {

@@ -13,34 +13,32 @@ from statistics import quantiles
 
 import torch
 
-from .harness import GateError
+from .harness import OUT_OF_MEMORY, GateError
 
 MIB = 1 << 20
 MAX_REPEATS = 20
 
 
-def main() -> None:
-    """Answer the order; what goes wrong in a known way is an answer too."""
-    order = json.loads(sys.stdin.read())
+def answer(order: dict) -> dict:
+    """Columns of the row; what goes wrong in a known way is an answer too."""
     if order["threads"]:
         torch.set_num_threads(order["threads"])
     if order["device"] == "cpu":
         _limit_memory(order["memory_gib"])
     try:
-        answer = measured(order)
+        return _measured(order)
     except GateError as error:
-        answer = {"gate": str(error)}
+        return {"gate": str(error)}
     except ModuleNotFoundError as error:
-        answer = {"status": f"not installed: {error.name}"}
+        return {"status": f"not installed: {error.name}"}
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch has no exception of its own for this.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        answer = {"status": "out of memory"}
-    print(json.dumps(answer))
+        return {"status": OUT_OF_MEMORY}
 
 
-def measured(order: dict) -> dict:
+def _measured(order: dict) -> dict:
     """Columns of the row: the first call gives memory, and time too if it takes long, else the calls after it do."""
     module, function = order["build"].split(":")
     build = getattr(importlib.import_module(module), function)
@@ -129,4 +127,4 @@ class _GpuMemory:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(answer(json.loads(sys.stdin.read()))))

@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def attention_map(
-    module: FMA2d | FMA1d, x: Tensor, token: tuple[int, ...], key_mask: Tensor | None = None
-) -> Tensor:
+def attention_map(module: FMA2d | FMA1d, x: Tensor, token: tuple[int, ...], key_mask: Tensor | None = None) -> Tensor:
     """How much the query at `token` attends to each token, the same with any backend, in linear memory.
 
-    The probability of a summary token is spread over the existing tokens of its sub-cell, by their overlap with it. That
-    is the gradient of the query's output with respect to the values, if those are aggregated by averaging.
+    The probability of a summary token is spread over the existing tokens of its sub-cell, by their overlap with it.
+    That is the gradient of the query's output with respect to the values, if those are aggregated by averaging.
 
     Args:
         module: an attention layer.
@@ -48,9 +46,7 @@ def attention_map(
     return grad[..., 0]
 
 
-def model_attention_map(
-    model: nn.Module, image: Tensor, stage: int, block: int, point: tuple[int, int]
-) -> Tensor:
+def model_attention_map(model: nn.Module, image: Tensor, stage: int, block: int, point: tuple[int, int]) -> Tensor:
     """The attention map of the token at a point of an image, in one block of a backbone.
 
     Args:
@@ -108,55 +104,52 @@ def draw_cover(
     near, far = cover(grid, cell_size, token, causal)
     if len(grid) > 2:
         raise ValueError(f"grid must have 1 or 2 axes to be drawn, got {len(grid)}")
-    height, width = grid if len(grid) == 2 else (1, *grid)
+    strip = len(grid) == 1
+    height, width = (1, *grid) if strip else grid
     if ax is None:
-        ax = _new_axes(width, height if len(grid) == 2 else width / 12)
+        ax = _new_axes(10, 2) if strip else _new_axes(7, 7 * height / width + 1)
     if photo is not None:
         ax.imshow(photo, extent=(0, width, height, 0), cmap="gray")
 
-    def rectangle(bounds: tuple[tuple[int, int], ...], **style) -> Rectangle:
-        (top, bottom), (left, right) = bounds if len(bounds) == 2 else ((0, 1), *bounds)
+    def edges(bounds):
+        return ((0, 1), *bounds) if strip else bounds
+
+    def rectangle(bounds, **style) -> Rectangle:
+        (top, bottom), (left, right) = edges(bounds)
         return ax.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
 
-    def box(color, opacity: float, **style) -> dict:
-        return dict(facecolor=(*color, opacity), edgecolor=(*color, 1.0), **style)
+    def colored(level: int) -> dict:
+        return dict(facecolor=(*colors[level], 0.55 if photo is None else 0.25), edgecolor=colors[level])
 
-    opacity = 0.35 if photo is not None else 0.55
-    colors = _level_colors(max((level for level, _, _ in far), default=0) + 1)
+    by_level: dict[int, list] = {}
     for level, _, bounds in far:
-        same = [entry for entry in far if entry[0] == level]
-        label = None
-        if bounds == same[0][2]:
-            side = cell_side(level, cell_size)
-            size = "x".join([str(side)] * len(grid))
-            label = f"level {level}: {len(same)} cells of {size}"
-        rectangle(bounds, label=label, **box(colors[level], opacity, linewidth=1.2))
-    spans = tuple((min(axis), max(axis) + 1) for axis in zip(*near, strict=True))
-    rectangle(spans, label=f"near field: {len(near)} tokens", zorder=3, **box(colors[0], opacity, linewidth=1.5))
-    (top, bottom), (left, right) = spans if len(spans) == 2 else ((0, 1), *spans)
+        by_level.setdefault(level, []).append(bounds)
+    colors = _level_colors(1 + max(by_level, default=0))
+
+    field = tuple((min(axis), max(axis) + 1) for axis in zip(*near, strict=True))
+    handles = [rectangle(field, label=f"near field: {len(near)} tokens", zorder=3, **colored(0))]
+    handles += [rectangle([(t, t + 1) for t in token], fc="white", ec="black", label="the token", zorder=4)]
+    for level, cells in by_level.items():
+        patches = [rectangle(bounds, linewidth=1.2, **colored(level)) for bounds in cells]
+        size = "x".join([str(cell_side(level, cell_size))] * len(grid))
+        patches[0].set_label(f"level {level}: {len(cells)} cell{'s' * (len(cells) > 1)} of {size} tokens")
+        handles.append(patches[0])
+    (top, bottom), (left, right) = edges(field)
     between = [[(x, top), (x, bottom)] for x in range(left + 1, right)]
     between += [[(left, y), (right, y)] for y in range(top + 1, bottom)]
     ax.add_collection(LineCollection(between, colors=[(*colors[0], 0.5)], linewidths=0.3, zorder=3))
-    rectangle(tuple((t, t + 1) for t in token), facecolor="black", edgecolor="white", label="the token", zorder=4)
 
     ax.set_xlim(0, width)
     ax.set_ylim(height, 0)
-    ax.set_aspect("equal" if len(grid) == 2 else "auto")
+    ax.set_aspect("auto" if strip else "equal")
     ax.set_xticks([])
     ax.set_yticks([])
-    handles, labels = ax.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: (labels[i].startswith("level"), labels[i]))
-    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
-    place = dict(loc="center left", bbox_to_anchor=(1.01, 0.5)) if len(grid) == 2 else dict(
-        loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=3
-    )
-    ax.legend(handles, labels, frameon=False, **place)
+    columns = 3 if strip else 2
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=columns, frameon=False)
     return ax
 
 
-def draw_attention(
-    attention: Tensor, photo, point: tuple[int, int], ax: Axes | None = None
-) -> Axes:
+def draw_attention(attention: Tensor, photo, point: tuple[int, int], ax: Axes | None = None) -> Axes:
     """Lay an attention map over a photo, in multiples of even attention.
 
     Args:
@@ -170,7 +163,7 @@ def draw_attention(
     photo = np.asarray(photo)
     height, width = photo.shape[:2]
     if ax is None:
-        ax = _new_axes(width, height)
+        ax = _new_axes(7, 6 * height / width)
     if attention.dim() == 3:
         attention = attention.mean(0)
     relative = (attention * attention.numel()).double().cpu().numpy()
@@ -178,7 +171,7 @@ def draw_attention(
     ax.imshow(gray, cmap="gray", extent=(0, width, height, 0))
     low, high = np.quantile(relative, (0.01, 0.99))
     shown = ax.imshow(
-        relative, cmap="magma", vmin=low, vmax=high, alpha=0.65, extent=(0, width, height, 0), interpolation="nearest"
+        relative, cmap="viridis", vmin=low, vmax=high, alpha=0.65, extent=(0, width, height, 0), interpolation="nearest"
     )
     ax.plot(point[1] + 0.5, point[0] + 0.5, marker="o", markersize=7, color="cyan", markeredgecolor="black")
     ax.set_xlim(0, width)
@@ -190,9 +183,10 @@ def draw_attention(
 
 
 def _new_axes(width: float, height: float) -> Axes:
+    """Axes alone in a figure of so many inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(9, max(1.8, min(9, 6 * height / width))), layout="constrained").add_subplot()
+    return Figure(figsize=(width, min(14, max(2, height))), layout="constrained").add_subplot()
 
 
 def _level_colors(count: int) -> list[tuple[float, float, float]]:

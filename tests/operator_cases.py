@@ -4,10 +4,14 @@
 have tests of their own. It runs in the dtype of q: it is the oracle in float64 and `plain` in every other dtype.
 """
 
+import sys
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import product
 from math import prod
+from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -16,6 +20,15 @@ from fma2d import cover, multipole_attention, num_levels, start_kernels
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("reference", "torch")
 KERNELS = ("key_kernels", "value_kernels", "query_kernels")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For the module that imports it: on a busy machine, threads over tensors so small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Call(dict):
@@ -128,6 +141,28 @@ def assert_same(results, expected, tolerance=1e-11):
         if x.numel():
             error, most = (x - expected[name]).abs().max(), expected[name].abs().max().clamp(min=1)
             assert error <= tolerance * most, f"{name}: error {error:.3g} of {most:.3g}"
+
+
+# The torch backend's ways through a call, which it chooses by size, and the constants that force each on a small one.
+WAYS = {
+    "as it is": {},
+    "slabs": {"SMALL": 0},
+    "slabs in many tiles": {"SMALL": 0, "PAIRS": 100, "PIECE": 50, "ONE_WINDOW": 10},
+    "gathered in many tiles": {"SMALL": 1 << 40, "PAIRS": 100, "PIECE": 50, "ONE_WINDOW": 10},
+}
+
+
+@contextmanager
+def forced(way):
+    """Set the constants of a way wherever the library holds them."""
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "fma2d"]
+    with ExitStack() as stack:
+        for name, value in WAYS[way].items():
+            holders = [module for module in modules if hasattr(module, name)]
+            assert holders, f"no module has {name}"
+            for module in holders:
+                stack.enter_context(patch.object(module, name, value))
+        yield
 
 
 @lru_cache(maxsize=64)

@@ -63,13 +63,17 @@ def test_options_reach_the_layers():
     attn = [stage.blocks[0].attn for stage in model.stages]
     assert [a.cell_size for a in attn] == [4, 4, 8, 8] and [a.rank for a in attn] == [1, 2, 4, 4]
     assert [a.variant for a in attn] == ["loglinear", "linear", "linear", "linear"]
-    assert [a.levels for a in attn] == [fma2d.num_levels((512 // s, 512 // s), a.cell_size) for s, a in zip((4, 8, 16, 32), attn)]
+    assert [a.levels for a in attn] == [
+        fma2d.num_levels((512 // s, 512 // s), a.cell_size) for s, a in zip((4, 8, 16, 32), attn)
+    ]
     assert model.stages[-1].blocks[-1].drop_path2.drop_prob == pytest.approx(0.3)
     assert model(torch.randn(2, 5, 64, 64)).shape == (2, 256)
     assert [s.blocks[0].attn.levels for s in timm.create_model("fma2d_nano", levels=3).stages] == [3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("options", [dict(window_size=7), dict(cell_size=(8, 8)), dict(variant="dense"), dict(head_dim=48)])
+@pytest.mark.parametrize(
+    "options", [dict(window_size=7), dict(cell_size=(8, 8)), dict(variant="dense"), dict(head_dim=48)]
+)
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         timm.create_model("fma2d_nano", **options)
@@ -80,7 +84,9 @@ def test_forward_intermediates_agree_with_features():
     x = torch.randn(1, 3, 66, 98)
     with torch.inference_mode():
         final, features = model.forward_intermediates(x)
-        (last,) = model.forward_intermediates(x, indices=[1], intermediates_only=True, stop_early=True, output_fmt="NHWC")
+        (last,) = model.forward_intermediates(
+            x, indices=[1], intermediates_only=True, stop_early=True, output_fmt="NHWC"
+        )
         assert torch.equal(final, model.forward_features(x)) and torch.equal(final, features[-1])
         assert torch.equal(last.permute(0, 3, 1, 2), features[1])
         assert torch.equal(model.forward_head(final), model(x))

@@ -79,15 +79,17 @@ def test_causal_cover_depends_on_the_position_only(query, more):
     assert cover((token[0] + 1,), cell_size, token, True) == cover((grid[0] + more,), cell_size, token, True)
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=3), st.integers(1, 40))
-def test_number_of_levels(grid, cell_size):
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 1)), min_size=1, max_size=3), st.integers(1, 40))
+def test_number_of_levels(powers, cell_size):
     """The formula, and what it is for: above the last level there are at most two cells a side, never below it."""
+    grid = [max(1, cell_size * 2**exponent + more) for exponent, more in powers]
     levels = num_levels(tuple(grid), cell_size)
     cells = max(ceil(Fraction(extent, cell_size)) for extent in grid)
     assert levels == max(0, ceil(log2(cells)) - 1)
-    for level in range(1, levels + 1):
-        assert max(geometry.num_cells(grid, geometry.cell_side(level, cell_size))) > 2
-    assert max(geometry.num_cells(grid, geometry.cell_side(levels + 1, cell_size))) <= 2
+    for level in range(1, levels + 2):
+        side = geometry.cell_side(level, cell_size)
+        assert side == cell_size * 2 ** (level - 1)
+        assert (max(geometry.num_cells(grid, side)) > 2) == (level <= levels)
 
 
 @pytest.mark.parametrize("ndim", (1, 2, 3))

@@ -8,13 +8,16 @@ from operator_cases import (
     BACKENDS,
     DTYPES,
     KERNELS,
+    WAYS,
     Call,
     assert_same,
     assert_within_rule,
     calls,
     cotangents,
+    forced,
     random_call,
 )
+from operator_cases import one_thread as one_thread
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,15 +50,16 @@ LAYOUTS = {
 layouts = st.sampled_from(list(LAYOUTS))
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(
     call=calls(),
     dtype=st.sampled_from((torch.float64, torch.float16, torch.bfloat16)),
     kernel_dtype=st.sampled_from((torch.float32, *DTYPES)),
     layout=st.fixed_dictionaries({name: layouts for name in "qkv"}),
     kernel_layout=st.sampled_from(("contiguous", "cropped", "channels first")),
+    way=st.sampled_from(list(WAYS)),
 )
-def test_torch_backend_equals_reference(call, dtype, kernel_dtype, layout, kernel_layout):
+def test_torch_backend_equals_reference(call, dtype, kernel_dtype, layout, kernel_layout, way):
     """Out, lse and every gradient, by the error rule; in float64, where truth is no better, to rounding."""
 
     def arrange(call):
@@ -65,7 +69,8 @@ def test_torch_backend_equals_reference(call, dtype, kernel_dtype, layout, kerne
     d = [x.to(dtype) for x in cotangents(call)]
     call = call.to(dtype, kernel_dtype)
     truth = call.to(torch.float64).results("reference", d, arrange)
-    x = call.results("torch", d, arrange)
+    with forced(way):
+        x = call.results("torch", d, arrange)
     if dtype == kernel_dtype == torch.float64:
         assert_same(x, truth)
     elif dtype == torch.float64:
@@ -155,14 +160,15 @@ def function_of_leaves(call, backend):
 @on_both
 @pytest.mark.parametrize("case", SMALL)
 def test_gradcheck(backend, case):
-    assert torch.autograd.gradcheck(*function_of_leaves(SMALL[case], backend), check_undefined_grad=False)
+    """Out and lse, together and either alone."""
+    assert torch.autograd.gradcheck(*function_of_leaves(SMALL[case], backend))
 
 
+@pytest.mark.parametrize("way", ("as it is", "slabs in many tiles"))
 @pytest.mark.parametrize("case", SMALL)
-def test_gradgradcheck(case):
-    assert torch.autograd.gradgradcheck(
-        *function_of_leaves(SMALL[case], "torch"), check_undefined_grad=False, fast_mode=True
-    )
+def test_gradgradcheck(case, way):
+    with forced(way):
+        assert torch.autograd.gradgradcheck(*function_of_leaves(SMALL[case], "torch"), fast_mode=True)
 
 
 @on_both
@@ -179,6 +185,19 @@ def test_kernels_of_unused_levels_get_gradients_of_zero(backend, cell_size, line
                 assert kernel.grad is not None, f"{name}, level {level}"
                 assert kernel.grad.isfinite().all()
                 assert (kernel.grad != 0).any() == (level <= used), f"{name}, level {level}"
+
+
+@on_both
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_gradients_of_half_precision_kernels_are_summed_in_float32(backend, dtype):
+    """Over the levels that share a kernel too: the gradient is that of the kernel in float32, rounded once."""
+    call = random_call((67,), 1, 2, batch=2, levels=(1, 1), linear=1)
+    half = call.to(torch.float32, dtype)
+    single = half.map(lambda x: x, lambda w: w.detach().float().requires_grad_())
+    d = [x.float() for x in cotangents(call)]
+    grads = [torch.autograd.grad(c.run(backend), c.leaves()[3:], d) for c in (half, single)]
+    for x, y in zip(*grads, strict=True):
+        assert x.dtype == dtype and torch.equal(x, y.to(dtype))
 
 
 @on_both
@@ -290,15 +309,16 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("way", ("as it is", "slabs"))
 @pytest.mark.parametrize("linear", (None, 1), ids=("log-linear", "linear"))
 @pytest.mark.parametrize("grid", ((4096,), (64, 64)), ids=str)
-def test_torch_backend_holds_nothing_quadratic(grid, linear):
-    """4096 tokens would give 2**24 scores; cells' scores are held for about 2**18 pairs at a time."""
+def test_torch_backend_holds_nothing_quadratic(grid, linear, way):
+    """4096 tokens would give 2**24 scores; some cells' scores are held at a time."""
     call = random_call(grid, 4, 2, heads=1, head_dim=2, linear=linear).to(torch.float32)
     kernels = [call[name] for name in KERNELS]
     options = Options(4, 2, False, True, 1.0)
     tokens = [call[name].detach() for name in "qkv"]
-    with torch.no_grad(), Largest() as largest:
+    with forced(way), torch.no_grad(), Largest() as largest:
         out, lse = blocked.forward(*tokens, *kernels, None, options)
         blocked.backward(*tokens, *kernels, None, options, out, lse, out, lse)
     assert largest.elements < 2**20

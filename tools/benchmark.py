@@ -10,40 +10,51 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from benchmarks import model_benchmark, operator_benchmark
-from benchmarks.harness import GateError, Limits, run
+from benchmarks.harness import GateError, Limits, idle_cpus, run
+from benchmarks.operator_benchmark import VARIANTS
 from benchmarks.records import ROOT, Results
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    common = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    common.add_argument("--variants", nargs="+", choices=operator_benchmark.VARIANTS, default=["linear"], help="of FMA2D")
-    common.add_argument("--cell-size", type=int, default=8, help="of FMA2D: tokens per side of a base cell")
-    common.add_argument("--rank", type=int, default=4, help="of FMA2D: summary tokens per coarse cell")
-    common.add_argument("--batch", type=int, default=1, help="batch size")
-    common.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    common.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of everything")
-    common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    common.add_argument("--time-budget", type=float, default=120, help="seconds that one call may take")
-    common.add_argument("--memory-budget", type=float, help="GiB for one row on the CPU (default: 0.9 of what is free)")
-    common.add_argument("--repeat", type=float, default=3, help="seconds to repeat a call; a longer one is made once")
-    common.add_argument("--fresh", action="store_true", help="measure also what the file holds already")
-    common.add_argument("--out", type=Path, help="results file (default: benchmarks/results/<benchmark>.csv)")
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--variants", nargs="+", choices=VARIANTS, default=["linear"], help="of FMA2D (linear)")
+    add("--cell-size", type=int, default=8, help="of FMA2D: tokens per side of a base cell (8)")
+    add("--rank", type=int, default=4, help="of FMA2D: summary tokens per coarse cell (4)")
+    add("--batch", type=int, default=1, help="batch size (1)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of everything (float32)")
+    add("--threads", type=int, help="on the CPU (torch's choice)")
+    add("--time-budget", type=float, default=120, help="seconds for one call; what takes longer is skipped (120)")
+    add("--memory-budget", type=float, help="GiB for a row on the CPU (nine tenths of what is free)")
+    add("--repeat", type=float, default=3, help="seconds to repeat a call; a longer one is made once (3)")
+    add("--fresh", action="store_true", help="measure what the file holds already, too")
+    add("--out", type=Path, help="results file (benchmarks/results/BENCHMARK.csv)")
 
     parser = argparse.ArgumentParser(description=__doc__)
-    which = parser.add_subparsers(dest="benchmark", required=True)
-    shown = dict(parents=[common], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    one = which.add_parser("operator", help="attention alone, against dense attention", **shown)
-    one.add_argument("--grids", nargs="+", type=int, default=[64, 128, 256], help="tokens a side")
-    one.add_argument("--modes", nargs="+", choices=operator_benchmark.MODES, default=operator_benchmark.MODES, help="what")
-    one.add_argument("--heads", type=int, default=2, help="heads")
-    one.add_argument("--head-dim", type=int, default=64, help="channels of a head")
-    two = which.add_parser("model", help="whole models, against Swin, ViT and MiT", **shown)
-    two.add_argument("--sizes", nargs="+", type=int, default=[224, 512, 1024], help="pixels a side")
-    two.add_argument("--modes", nargs="+", choices=model_benchmark.MODES, default=["inference"], help="what")
-    two.add_argument("--models", nargs="+", default=model_benchmark.DEFAULT, help="timm names, or mit_b0, mit_b2, mit_b3")
-    return parser.parse_args(argv)
+    which = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    operator = which.add_parser("operator", help="attention alone, against dense attention", parents=[common])
+    add = operator.add_argument
+    add("--grids", nargs="+", type=int, default=[64, 128, 256], help="tokens a side (64 128 256)")
+    add("--modes", nargs="+", choices=operator_benchmark.MODES, default=operator_benchmark.MODES, help="(both)")
+    add("--heads", type=int, default=2, help="(2)")
+    add("--head-dim", type=int, default=64, help="channels of a head (64)")
+    model = which.add_parser("model", help="whole models, against Swin, ViT and MiT", parents=[common])
+    add = model.add_argument
+    add("--sizes", nargs="+", type=int, default=[224, 512, 1024], help="pixels a side (224 512 1024)")
+    add("--modes", nargs="+", choices=model_benchmark.MODES, default=["inference"], help="(inference)")
+    names = " ".join(model_benchmark.DEFAULT)
+    add("--models", nargs="+", default=model_benchmark.DEFAULT, help=f"timm names, mit_b0, mit_b2, mit_b3 ({names})")
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    if unknown := [name for name in getattr(args, "models", []) if not model_benchmark.is_known(name)]:
+        parser.error(f"unknown models: {', '.join(unknown)}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     setting = dict(device=args.device, dtype=args.dtype, threads=args.threads)
     shape = dict(batch=args.batch, cell_size=args.cell_size, rank=args.rank, variants=args.variants, modes=args.modes)
     limits = Limits(args.time_budget, args.memory_budget, args.repeat)
+    idle_cpus()  # warns
     results = Results(args.out or ROOT / "benchmarks" / "results" / f"{args.benchmark}.csv")
     try:
         if args.benchmark == "operator":
@@ -66,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     except GateError as error:
         print(f"gate failed: {error}", file=sys.stderr)
         return 1
-    print(f"\n{rows[0]['machine']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, {args.dtype}\n")
+    print(f"\n{rows[0]['machine']}, threads: {rows[0]['threads']}, torch {rows[0]['torch']}, {args.dtype}\n")
     print(benchmark.table(rows))
     print(f"\nrows in {results.path}")
     return 0

@@ -166,14 +166,12 @@ class _Source:
         self.d_tokens: Tensor | None = None
         self.d_sums: dict[tuple[int, ...], Tensor] = {}
         self.d_kernels = [[torch.zeros_like(w) for w in level] for level in kernels or []]
-        self._lattices: dict[int, Tensor] = {}
+        # Upwards, as block sums are made from smaller ones.
+        levels = range(1, call.levels + 1)
+        self._lattices = [] if kernels is None else [self._aggregation(level).forward(self.sums) for level in levels]
 
     def at(self, level: int) -> Tensor:
-        if level == 0 or self.kernels is None:
-            return self.tokens
-        if level not in self._lattices:
-            self._lattices[level] = self._aggregation(level).forward(self.sums)
-        return self._lattices[level]
+        return self.tokens if level == 0 or self.kernels is None else self._lattices[level - 1]
 
     def _aggregation(self, level: int) -> Aggregation:
         options = self.call.options

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .slabs import ABSENT, PAIRS, State, Windows, own_parts
+from ..geometry import subcells
+from .slabs import ABSENT, PAIRS, State, Windows, own_parts, part_index
 
 # Up to this many (query, key) pairs a cell, windows are gathered.
 SMALL = 1 << 12
@@ -58,14 +59,13 @@ class Part:
 
 
 class Carried:
-    """A run's part of a state: scores `[cells, rows, entries]` and values, as `slabs.Carried`."""
+    """A run's shared entries of a state: scores `[cells, rows, entries]` and `[cells, entries, ...]`."""
 
-    def __init__(self, lse: Part, value: Part, foreign: Tensor | None):
+    def __init__(self, lse: Part, value: Part, foreign: Tensor):
         self.lse, self.value, self.foreign = lse, value, foreign
 
     def __getitem__(self, tile: None) -> tuple[Tensor, Tensor]:
-        lse = self.lse.data
-        return (lse if self.foreign is None else lse.mT + self.foreign), self.value.data
+        return self.lse.data.mT + self.foreign, self.value.data
 
     def zeros_like(self) -> Carried:
         return Carried(self.lse.zeros_like(), self.value.zeros_like(), self.foreign)
@@ -118,23 +118,30 @@ class Run:
             addend = addend + self._pattern("excluded", self.windows.exclude, ABSENT, 0.0)
         return Part(addend)
 
-    def carried(self, state: State) -> Carried:
+    def before(self, state: State) -> tuple[Tensor, Tensor]:
+        """What each query attended to so far: value `[cells, rows, channels]` and lse `[cells, rows, 1]`."""
+        cell, slabs = self.windows.query_cell, (state.value, state.lse[..., None])
         if state.parts is None:
-            return Carried(self.queries(state.lse[..., None]), self.queries(state.value), None)
+            return tuple(self._cut(x, cell).data for x in slabs)
+        parts = [subcells(c, c, p) for c, p in zip(cell, state.parts, strict=True)]
+        index = part_index(parts, list(state.parts), state.lse.device)
+        return tuple(self._cut(x, state.parts).data.index_select(1, index) for x in slabs)
+
+    def carried(self, state: State) -> Carried:
         own = own_parts(self.windows.query_cell, state.parts, state.lse.device)
         foreign = self._pattern("foreign", own, 0.0, ABSENT)
         return Carried(self._cut(state.lse[..., None], state.parts), self._cut(state.value, state.parts), foreign)
 
-    def write(self, x: Tensor, part: Part) -> None:
-        self._put(x, part, self.windows.query_cell)
+    def write(self, x: Tensor, data: Tensor) -> None:
+        self._put(x, data, self.windows.query_cell)
 
     def write_carried(self, state: State, carried: Carried) -> None:
-        self._put(state.lse[..., None], carried.lse, state.parts)
-        self._put(state.value, carried.value, state.parts)
+        self._put(state.lse[..., None], carried.lse.data, state.parts)
+        self._put(state.value, carried.value.data, state.parts)
 
-    def add(self, x: Tensor, part: Part, scale: float) -> None:
-        rows, part = self._join(x, part, self.windows.query_cell)
-        x[self.batch, rows].add_(part, alpha=scale)
+    def add(self, x: Tensor, data: Tensor, scale: float) -> None:
+        rows, data = self._join(x, data, self.windows.query_cell)
+        x[self.batch, rows].add_(data, alpha=scale)
 
     def add_keys(self, x: Tensor, part: Part) -> None:
         """Add windows where they lie in `[B, *keys, heads, channels]`."""
@@ -182,19 +189,19 @@ class Run:
         x = x.permute(0, *range(1, 2 * ndim, 2), -2, *range(2, 2 * ndim + 1, 2), -1)
         return Part(x.flatten(ndim + 2, -2).flatten(0, ndim + 1))
 
-    def _join(self, x: Tensor, part: Part, cell: tuple[int, ...]) -> tuple[slice, Tensor]:
-        """The inverse of `_cut`: the part of x along its first axis, and what `part` has for it."""
+    def _join(self, x: Tensor, data: Tensor, cell: tuple[int, ...]) -> tuple[slice, Tensor]:
+        """The inverse of `_cut`: the part of x along its first axis, and what `data` has for it."""
         ndim = len(cell)
         rows = slice(self.start * cell[0], min(x.shape[1], (self.start + self.cells[0]) * cell[0]))
-        data = part.data.unflatten(1, cell).unflatten(0, (-1, *self.cells, x.shape[-2]))
+        data = data.unflatten(1, cell).unflatten(0, (-1, *self.cells, x.shape[-2]))
         data = data.permute(0, *(a for axis in range(ndim) for a in (1 + axis, ndim + 2 + axis)), ndim + 1, -1)
         for axis in range(1, ndim + 1):
             data = data.flatten(axis, axis + 1)
         crop = (slice(rows.stop - rows.start), *(slice(n) for n in x.shape[2 : ndim + 1]))
         return rows, data[(slice(None), *crop)]
 
-    def _put(self, x: Tensor, part: Part, cell: tuple[int, ...]) -> None:
-        rows, data = self._join(x, part, cell)
+    def _put(self, x: Tensor, data: Tensor, cell: tuple[int, ...]) -> None:
+        rows, data = self._join(x, data, cell)
         x[self.batch, rows].copy_(data)
 
     def _pattern(self, name: str, axes: tuple[Tensor, ...], true: float, false: float) -> Tensor:

@@ -59,6 +59,14 @@ class State(NamedTuple):
     parts: tuple[int, ...] | None = None
 
 
+def part_index(parts: list[tuple[int, ...]], extents: list[int], device: torch.device) -> Tensor:
+    """Row-major index of the entries that positions read, from each axis' `parts[axis][position]`."""
+    index = torch.zeros(1, dtype=torch.long, device=device)
+    for part, extent in zip(parts, extents, strict=True):
+        index = (index[:, None] * extent + torch.tensor(part, device=device)).flatten()
+    return index
+
+
 def own_parts(cell: tuple[int, ...], parts: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """An axis each: which of the parts of a cell holds each of its positions, `[positions, parts]` bool."""
     return tuple(
@@ -156,41 +164,47 @@ class Addends(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """A row's part of a state: indexed by a tile, it gives scores `[cells, rows, entries]` and values.
-
-    Values are `[cells, entries, channels]` if shared, else `[cells, rows, channels]` for the one entry of each query.
-    """
+    """A row's shared entries of a state: indexed by a tile, scores `[cells, rows, entries]` and `[cells, entries, ...]`."""
 
     row: Row
-    parts: tuple[int, ...] | None
+    parts: tuple[int, ...]
     lse: Slab
     value: Slab
 
     def __getitem__(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        lse = self.lse[tile]
-        if self.parts is not None:
-            lse = lse.mT + self.row.foreign(tile, self.parts)
-        return lse, self.value[tile]
+        return self.lse[tile].mT + self.row.foreign(tile, self.parts), self.value[tile]
 
     def zeros_like(self) -> Carried:
         return self._replace(lse=self.lse.zeros_like(), value=self.value.zeros_like())
 
 
-def rows(q: Tensor, k: Tensor, windows: Windows, dtype: torch.dtype) -> Iterator[Row]:
-    """The rows of cells of q `[B, *queries, heads, head_dim]`, k `[B, *keys, ...]` being what their windows lie in."""
+def rows(q: Tensor, k: Tensor, windows: Windows, dtype: torch.dtype, ring: bool = False) -> Iterator[Row]:
+    """The rows of cells of q `[B, *queries, heads, head_dim]`, k `[B, *keys, ...]` being what their windows lie in.
+
+    With `ring`, slabs of keys are kept from one row to the next and only the row that is new is copied. The keys of a
+    window are then in an order of their own, which is why there may be neither bias nor exclusions.
+    """
     cells = [-(-extent // cell) for extent, cell in zip(q.shape[1:-3], windows.query_cell, strict=False)]
-    patterns: dict[tuple, Tensor] = {}
+    ring = ring and windows.exclude is None and len(cells) == 1
+    cache: dict[tuple, Tensor] = {}
     for index in product(*map(range, cells)):
-        yield Row(q, k, windows, index, dtype, patterns)
+        yield Row(q, k, windows, index, dtype, cache, ring)
 
 
 class Row:
     """One row of cells: its slabs and its tiles."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, windows: Windows, index: tuple[int, ...], dtype: torch.dtype, patterns: dict
+        self,
+        q: Tensor,
+        k: Tensor,
+        windows: Windows,
+        index: tuple[int, ...],
+        dtype: torch.dtype,
+        cache: dict[tuple, Tensor],
+        ring: bool,
     ):
-        self.windows, self.index, self.dtype, self._patterns = windows, index, dtype, patterns
+        self.windows, self.index, self.dtype, self._cache = windows, index, dtype, cache
         self.entries, self.heads, self.device = q.shape[0], q.shape[-2], q.device
         self.query_box, self.key_box, self.lead = [], [], []
         for i, c, n, kc, kn in zip(index, windows.query_cell, q.shape[1:], windows.key_cell, k.shape[1:], strict=False):
@@ -203,6 +217,7 @@ class Row:
         self.across = prod(s.stop - s.start for s in self.query_box)
         self.key_across = prod(s.stop - s.start for s in self.key_box)
         self.window = 2 + windows.after
+        self.ring = ring and self.lead[0][1:] == (0, self.window * windows.key_cell[0])
         # Inner cells are whole, and so are their windows; runs of them are worth it where they make fewer tiles.
         self.inner = min(self.width // self.cell, self.key_width // self.key_cell - windows.after)
         pairs = self.cell * self.across * self.window * self.key_cell * self.key_across
@@ -235,7 +250,28 @@ class Row:
         return self.queries(lse[..., None])
 
     def keys(self, x: Tensor) -> KeySlab:
-        return KeySlab(self._take(x, self.key_box), self.key_cell * self.key_across, self.window)
+        data = self._turn(x) if self.ring else self._take(x, self.key_box)
+        return KeySlab(data, self.key_cell * self.key_across, self.window)
+
+    def _ring_rows(self) -> Iterator[tuple[list[slice], int]]:
+        """Where the window's rows of cells lie, and their places in a ring; the newest last."""
+        height = self.windows.key_cell[0]
+        for row in range(self.index[0] - 1, self.index[0] + self.window - 1):
+            yield [slice(row * height, (row + 1) * height)], row % self.window
+
+    def _turn(self, x: Tensor) -> Tensor:
+        """The slab of the row before, its oldest row of cells replaced by the newest."""
+        height, key = self.windows.key_cell[0], ("ring", id(x))
+        rows = list(self._ring_rows())
+        if key in self._cache:
+            rows = rows[-1:]
+        else:
+            shape = (self.entries, self.heads, self.key_width, self.window, height, x.shape[-1])
+            self._cache[key] = x.new_empty(shape, dtype=self.dtype)
+        ring = self._cache[key]
+        for box, place in rows:
+            ring[:, :, :, place] = self._last_axis_first(x, box)
+        return ring.flatten(2, 4).flatten(0, 1)
 
     def addends(self, bias: Tensor | None) -> Addends:
         """Bias `[B | 1, *keys]` and exclusions."""
@@ -243,21 +279,38 @@ class Row:
             bias = self.keys(bias[..., None, None].expand(self.entries, *bias.shape[1:], self.heads, 1))
         return Addends(self, bias)
 
-    def carried(self, state: State) -> Carried:
+    def before(self, state: State) -> tuple[Tensor, Tensor]:
+        """What each query attended to so far: value `[B * heads, X * M, channels]` and lse `[B * heads, X * M, 1]`."""
+        value, lse = state.value, state.lse[..., None]
         if state.parts is None:
-            return Carried(self, None, self.queries(state.lse[..., None]), self.queries(state.value))
+            return self._take(value, self.query_box), self._take(lse, self.query_box)
+        key = ("entries", *self.lead)
+        if key not in self._cache:
+            cells = zip(self.windows.query_cell, state.parts, self.lead, strict=False)
+            lead = [subcells(cell, cell, p)[:rows] for cell, p, (rows, _, _) in cells]
+            last = subcells(self.width, self.cell, state.parts[-1])
+            self._cache[key] = part_index([last, *lead], [0, *state.parts[:-1]], self.device)
+        entries, box = self._cache[key], self._entry_box(state)
+        return self._take(value, box).index_select(1, entries), self._take(lse, box).index_select(1, entries)
+
+    def carried(self, state: State) -> Carried:
         box, size = self._entry_box(state), prod(state.parts)
         slabs = (Slab(self._take(x, box), size, self.inner, True) for x in (state.lse[..., None], state.value))
         return Carried(self, state.parts, *slabs)
 
-    def write(self, x: Tensor, slab: Slab) -> None:
-        self._part(x, self.query_box).copy_(self._give(slab.data, x, self.query_box))
+    def write(self, x: Tensor, slab: Tensor) -> None:
+        self._part(x, self.query_box).copy_(self._give(slab, x, self.query_box))
 
-    def add(self, x: Tensor, slab: Slab, scale: float) -> None:
-        self._part(x, self.query_box).add_(self._give(slab.data, x, self.query_box), alpha=scale)
+    def add(self, x: Tensor, slab: Tensor, scale: float) -> None:
+        self._part(x, self.query_box).add_(self._give(slab, x, self.query_box), alpha=scale)
 
     def add_keys(self, x: Tensor, slab: KeySlab) -> None:
-        self._part(x, self.key_box).add_(self._give(slab.data, x, self.key_box))
+        if not self.ring:
+            self._part(x, self.key_box).add_(self._give(slab.data, x, self.key_box))
+            return
+        ring = slab.data.unflatten(1, (self.key_width, self.window, -1))
+        for box, place in self._ring_rows():
+            self._part(x, box).add_(self._give(ring[:, :, place].flatten(1, 2), x, box))
 
     def write_carried(self, state: State, carried: Carried) -> None:
         box = self._entry_box(state)
@@ -272,9 +325,12 @@ class Row:
 
     def _take(self, x: Tensor, box: list[slice]) -> Tensor:
         """`[B, *extents, heads, channels]` to a slab, in the dtype to compute in."""
+        x = self._last_axis_first(x, box)
+        return x.to(self.dtype).flatten(2, -2).flatten(0, 1).contiguous()
+
+    def _last_axis_first(self, x: Tensor, box: list[slice]) -> Tensor:
         lead = len(box)
-        x = self._part(x, box).permute(0, lead + 2, lead + 1, *range(1, lead + 1), lead + 3)
-        return x.to(self.dtype).flatten(2, lead + 2).flatten(0, 1).contiguous()
+        return self._part(x, box).permute(0, lead + 2, lead + 1, *range(1, lead + 1), lead + 3)
 
     def _give(self, slab: Tensor, x: Tensor, box: list[slice]) -> Tensor:
         """A slab as the part of x that it is of."""
@@ -285,11 +341,11 @@ class Row:
     def excluded(self, tile: Tile) -> Tensor:
         """`[1, rows, window]`: `ABSENT` where a pair is excluded, else 0."""
         key = ("excluded", *self.lead)
-        if key not in self._patterns:
+        if key not in self._cache:
             *lead, last = self.windows.exclude
             lead = [pattern[:rows, start:stop] for pattern, (rows, start, stop) in zip(lead, self.lead, strict=True)]
-            self._patterns[key] = torch.where(_every(last, lead), ABSENT, 0.0).to(self.dtype)
-        pattern = self._patterns[key]  # [cell, across, window of the last axis, key_across]
+            self._cache[key] = torch.where(_every(last, lead), ABSENT, 0.0).to(self.dtype)
+        pattern = self._cache[key]  # [cell, across, window of the last axis, key_across]
         if tile.run:
             return pattern.flatten(2).flatten(0, 1)[None]
         first = (tile.cells.start - 1) * self.key_cell
@@ -299,12 +355,12 @@ class Row:
     def foreign(self, tile: Tile, parts: tuple[int, ...]) -> Tensor:
         """`[1, rows, entries]`: `ABSENT` where a shared entry is of another part of the cell, else 0."""
         key = ("foreign", *self.lead)
-        if key not in self._patterns:
+        if key not in self._cache:
             *lead, last = own_parts(self.windows.query_cell, parts, self.device)
             lead = [pattern[:rows] for pattern, (rows, _, _) in zip(lead, self.lead, strict=True)]
             pattern = _every(last, lead).flatten(2).flatten(0, 1)
-            self._patterns[key] = torch.where(pattern, 0.0, ABSENT).to(self.dtype)[None]
-        return self._patterns[key][:, tile.part]
+            self._cache[key] = torch.where(pattern, 0.0, ABSENT).to(self.dtype)[None]
+        return self._cache[key][:, tile.part]
 
 
 def _every(last: Tensor, lead: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .gather import SMALL, Run, pairs_per_cell, runs
+
 from .slabs import ABSENT, Row, State, Windows, rows
 
 
@@ -31,30 +32,25 @@ def forward(
     """
     out = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:-1], dtype=dtype)
-    for row in _pieces(q, k, windows, dtype):
+    for row in _pieces(q, k, windows, bias, dtype):
         queries, keys, values = row.queries(q), row.keys(k), row.keys(v)
         addends = row.addends(bias)
-        row_out, row_lse = queries.empty_like(), queries.empty_like(1)
-        if state is not None:
-            carried = row.carried(state)
+        sums, totals, tops = queries.empty_like(), queries.empty_like(1), queries.empty_like(1)
         for tile in row.tiles():
             scores = _scores(queries[tile], keys[tile], addends[tile], windows.scale)
             # Results do not depend on `top`, so no gradient passes through it.
             top = scores.detach().amax(-1, keepdim=True)
-            if state is not None:
-                before, value_before = carried[tile]
-                top = torch.maximum(top, before.detach().amax(-1, keepdim=True))
             weights = scores.sub_(top).exp_()
-            total, value = weights.sum(-1, keepdim=True), torch.bmm(weights, values[tile])
-            if state is not None:
-                weights = (before - top).exp_()
-                total = total + weights.sum(-1, keepdim=True)
-                if state.parts is None:
-                    value = value + weights * value_before
-                else:
-                    value = torch.baddbmm(value, weights, value_before)
-            row_out[tile].copy_(value.div_(total))
-            row_lse[tile].copy_(total.log().add_(top))
+            tops[tile].copy_(top)
+            totals[tile].copy_(weights.sum(-1, keepdim=True))
+            sums[tile].baddbmm_(weights, values[tile], beta=0)
+        row_out, row_lse = sums.data / totals.data, totals.data.log() + tops.data
+        if state is not None:
+            before, lse_before = row.before(state)
+            top = torch.maximum(lse_before, row_lse).detach()
+            lse_after = ((lse_before - top).exp() + (row_lse - top).exp()).log() + top
+            row_out = torch.lerp(row_out, before, (lse_before - lse_after).exp())
+            row_lse = lse_after
         row.write(out, row_out)
         row.write(lse[..., None], row_lse)
     return out, lse
@@ -87,7 +83,7 @@ def backward(
     """
     lse = torch.where(lse < ABSENT / 2, -ABSENT, lse)  # empty queries: probabilities 0
     d_state = None if state is None else State(torch.empty_like(state.value), torch.empty_like(state.lse), state.parts)
-    for row in _pieces(q, k, windows, d_q.dtype):
+    for row in _pieces(q, k, windows, bias, d_q.dtype):
         queries, keys, values = row.queries(q), row.keys(k), row.keys(v)
         addends = row.addends(bias)
         lses, deltas, d_outs = row.lses(lse), row.queries(delta[..., None]), row.queries(d_out)
@@ -107,7 +103,7 @@ def backward(
                 d_before = torch.bmm(d_outs[tile], value_before.mT).sub_(deltas[tile]).mul_(weights)
                 d_carried.value[tile].baddbmm_(weights.mT, d_outs[tile])
                 d_carried.lse[tile].add_(d_before.sum(1)[..., None])
-        row.add(d_q, row_d_q, windows.scale)
+        row.add(d_q, row_d_q.data, windows.scale)
         row.add_keys(d_k, row_d_k)
         row.add_keys(d_v, row_d_v)
         if state is not None:
@@ -115,8 +111,11 @@ def backward(
     return d_state
 
 
-def _pieces(q: Tensor, k: Tensor, windows: Windows, dtype: torch.dtype) -> Iterator[Row | Run]:
-    return (runs if pairs_per_cell(windows) <= SMALL else rows)(q, k, windows, dtype)
+def _pieces(q: Tensor, k: Tensor, windows: Windows, bias: Tensor | None, dtype: torch.dtype) -> Iterator[Row | Run]:
+    if pairs_per_cell(windows) <= SMALL:
+        return runs(q, k, windows, dtype)
+    # Rings are overwritten from row to row, which autograd cannot follow.
+    return rows(q, k, windows, dtype, ring=bias is None and not torch.is_grad_enabled())
 
 
 def _scores(q: Tensor, k: Tensor, addend: Tensor | None, scale: float) -> Tensor:

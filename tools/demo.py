@@ -1,0 +1,129 @@
+"""What FMA2D does, on a photograph: cost against resolution beside Swin-B and ViT-B, what a token sees, attention maps.
+
+Weights are random, as there are no trained ones yet: time and memory do not depend on them, and the pictures show the
+geometry of the attention, not anything learned. The photo is matplotlib's, 512 x 600 px, enlarged for larger sizes.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import timm
+import torch
+from matplotlib.cbook import get_sample_data
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from benchmarks import model_benchmark
+from benchmarks.figures import write_figures
+from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
+from benchmarks.records import ROOT, Results, total_mib
+from fma2d.visualize import draw_attention, draw_cover, model_attention_map
+
+MODELS = ("fma2d_base", "swin_base_patch4_window7_224", "vit_base_patch16_224")
+PICTURE = 512  # pixels a side of the photo in the pictures
+POINTS = {"nose": (180, 280), "ribbons": (440, 450), "stars": (40, 40)}  # row and column in the picture
+STAGES = ((0, 1), (1, 1), (2, 8))  # stage and block
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; 1 if a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[224, 512, 768, 1024], help="pixels a side, multiples of 32"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="folder of the pictures")
+    parser.add_argument(
+        "--time-budget", type=float, default=180, help="seconds for measuring; what does not fit is skipped"
+    )
+    args = parser.parse_args(argv)
+    photo = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    started = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(__doc__)
+    threads = min(idle_cpus(), torch.get_num_threads())
+    torch.set_num_threads(threads)
+
+    paths = [cover_picture(photo, args.out), attention_picture(photo, args.out)]
+    tasks = model_benchmark.tasks(MODELS, args.sizes, photo=str(photo), threads=threads)
+    results = Results(args.out / "demo.csv")
+    limits = Limits(seconds=args.time_budget, repeat_seconds=1, total_seconds=args.time_budget)
+    try:
+        rows = run(tasks, results, limits, fresh=True)
+    except GateError as error:
+        print(f"a result is wrong: {error}", file=sys.stderr)
+        return 1
+    paths += write_figures(rows, args.out)
+    print(f"\nOne image, {rows[0]['dtype']}, {rows[0]['machine']}, threads used: {threads};")
+    print("peak memory of the process, with the weights, without Python and torch themselves:\n")
+    print(table(rows))
+    print(f"\n{time.monotonic() - started:.0f} seconds. Pictures and numbers (weights untrained):")
+    print("\n".join(f"  {path}" for path in (*paths, results.path)))
+    return 0
+
+
+def table(rows: list[dict]) -> str:
+    """Time and memory of each size and model, and what was left out."""
+    lines, notes = [], []
+    for row in rows:
+        line = [f"{row['height']}x{row['width']}", row["name"], "-", "-", "-"]
+        if row["status"] == "ok":
+            stride = round((int(row["height"]) * int(row["width"]) / int(row["tokens"])) ** 0.5)
+            line[2:] = [f"{row['tokens']} at stride {stride}", f"{float(row['median_ms']) / 1000:.2f} s"]
+            line += [f"{total_mib(row):.0f} MiB" if row["peak_mib"] else "-"]
+        else:
+            notes.append(f"{row['name']} at {row['height']} px: {row['status']}")
+        lines.append(line)
+    header = ["pixels", "model", "tokens of the first stage", "time", "peak memory"]
+    return "\n".join([text_table(header, lines), *notes])
+
+
+def cover_picture(photo: str, folder: Path) -> Path:
+    """What one token attends to at two resolutions, drawn on the photo."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    for axes, size in zip(figure.subplots(1, 2), (512, 1024), strict=True):
+        grid = (size // 4, size // 4)
+        token = tuple(p * n // PICTURE for p, n in zip(POINTS["nose"], grid, strict=True))
+        draw_cover(grid, 8, token, square(photo, size), ax=axes)
+        axes.set_title(f"{size} px: {grid[0]}x{grid[1]} tokens in the first stage")
+    figure.suptitle("Everything one token attends to: near tokens one by one, the rest as 4 summary tokens a cell")
+    return save(figure, folder / "cover.png")
+
+
+def attention_picture(photo: str, folder: Path) -> Path:
+    """Attention maps at a few points (rows) and stages (columns)."""
+    model = timm.create_model("fma2d_base", img_size=PICTURE).eval()
+    image = model_benchmark.load_photo(photo, PICTURE)
+    pixels = square(photo, PICTURE)
+    figure = Figure(figsize=(4.3 * len(STAGES), 4 * len(POINTS) + 0.6), layout="constrained")
+    axes = figure.subplots(len(POINTS), len(STAGES), squeeze=False)
+    places = [(i, j) for i in range(len(POINTS)) for j in range(len(STAGES))]
+    for i, j in tqdm(places, desc="attention maps", unit="map", dynamic_ncols=True):
+        (name, point), (stage, block) = list(POINTS.items())[i], STAGES[j]
+        attention = model_attention_map(model, image, stage, block, point)[0]
+        draw_attention(attention, pixels, point, axes[i, j])
+        grid = "x".join(map(str, attention.shape[1:]))
+        axes[i, j].set_title(f"{name}: stage {stage + 1}, block {block + 1}, {grid} tokens", fontsize=10)
+    figure.suptitle("Attention, mean of heads, 1 = even over all tokens. UNTRAINED weights: geometry, nothing learned")
+    return save(figure, folder / "attention.png")
+
+
+def square(photo: str, size: int) -> np.ndarray:
+    """The photo's central square: `[size, size, 3]`."""
+    return np.asarray(ImageOps.fit(Image.open(photo).convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG."""
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())
