@@ -4,8 +4,8 @@ A kernel is one short vector an axis, a density over `b` bins of the cell. Becau
 level works on sums over blocks of `s_l / b` tokens (`BlockSums`), so that with `b = r` bins every level costs a quarter
 of the one below. Summary tokens are kept as a *lattice*: sub-cell `k_a` of cell `c_a` lies at `c_a * p_a + k_a`.
 
-Layout here: tokens `[B, *grid, heads, head_dim]`, lattices `[B, *lattice, heads, head_dim]`, kernels of one level a list
-over axes of `[p, heads | 1, head_dim | 1, b]`.
+Layout here: tokens `[B, *grid, heads, head_dim]`, lattices `[B, *lattice, heads, head_dim]`, kernels of one level a
+list over axes of `[p, heads | 1, head_dim | 1, b]`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .geometry import Grid, cell_side, subcell_counts, subcell_overlaps, tiling
+from .geometry import Grid, cell_side, check_positive, subcell_counts, subcell_overlaps, tiling
 
 # Tokens are aggregated in pieces of about this many elements, which stay in a core's cache.
 PIECE = 1 << 18
@@ -44,9 +44,15 @@ def start_kernels(
 
     Returns:
         A list over axes of `[rank, heads, head_dim, bins]`, each kernel of sum 1.
+
+    Raises:
+        TypeError, ValueError: for a size that is no integer or below 1, bins that do not divide `s_l`.
     """
-    if level < 1:
-        raise ValueError(f"level must be at least 1, got {level}")
+    sizes = dict(level=level, cell_size=cell_size, rank=rank, heads=heads, head_dim=head_dim)
+    for name, value in sizes.items():
+        check_positive(name, value)
+    if ndim not in (1, 2, 3):
+        raise ValueError(f"ndim must be 1, 2 or 3, got {ndim}")
     side, parts = cell_side(level, cell_size), tiling(rank, ndim)
     if bins is None:
         bins = side if any(cell_size % p for p in parts) else cell_size
@@ -205,15 +211,16 @@ class Aggregation:
             weights = axis if weights is None else (weights[..., None] * axis[..., None, :]).flatten(3)
         if self.mask is not None or not any(extent % self.side for extent in self.grid):
             return (weights,)
-        scale = None
+        scale, full = None, torch.ones((), dtype=torch.bool, device=kernels[0].device)
         for kernel, extent, block in zip(kernels, self.grid, self.block, strict=True):
             size = kernel.abs().permute(1, 2, 0, 3)
-            cell = torch.arange(-(-extent // self.side), device=kernel.device)[:, None, None, None, None]
-            bin_start = cell * self.side + block * torch.arange(kernel.shape[-1], device=kernel.device)
-            left = (size * (extent - bin_start).clamp(0, block)).sum(-1)
+            cell = torch.arange(-(-extent // self.side), device=kernel.device)
+            bin_start = cell[:, None] * self.side + block * torch.arange(kernel.shape[-1], device=kernel.device)
+            left = (size * (extent - bin_start).clamp(0, block)[:, None, None, None]).sum(-1)
             ratio = _ratio((size * block).sum(-1), left)
             scale = ratio if scale is None else scale.unsqueeze(-4) * ratio
-        return weights, scale
+            full = full[..., None] & (cell < extent // self.side)
+        return weights, torch.where(full[..., None, None, None], 1, scale)
 
     def _piece(
         self, cells: slice, x: Tensor, mask: Tensor | None, weights: Tensor, scale: Tensor | None = None
@@ -229,7 +236,8 @@ class Aggregation:
             left = self._cells(mask).flatten(0, -2) @ size.flatten(0, 2).mT
             left = left.unflatten(1, size.shape[:3]).unflatten(0, shape).movedim((-3, -2), (0, 1))
             whole = (size.sum(-1) * prod(self.block)).reshape(*size.shape[:2], *(1,) * len(shape), -1)
-            summary = summary * _ratio(whole, left)
+            full = self._cells(mask).sum(-1, keepdim=True) == self.side ** len(self.grid)
+            summary = summary * torch.where(full, 1, _ratio(whole, left))
         elif scale is not None:
             summary = summary * scale[cells].movedim((-3, -2), (0, 1)).unsqueeze(2)
         return self._lattice(summary)

@@ -13,14 +13,21 @@ Grid = tuple[int, ...]
 Span = tuple[int, int]
 
 
+def check_positive(name: str, value) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is at least 1."""
+    if not isinstance(value, int) or value is True or value is False:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_grid(grid: Grid, cell_size: int) -> None:
     """Raise ValueError unless `grid` has 1 to 3 extents of at least 1 and `cell_size` is at least 1."""
+    check_positive("cell_size", cell_size)
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"grid must have 1, 2 or 3 axes, got {len(grid)}: {tuple(grid)}")
     if min(grid) < 1:
         raise ValueError(f"grid must have at least one token on every axis, got {tuple(grid)}")
-    if cell_size < 1:
-        raise ValueError(f"cell_size must be at least 1, got {cell_size}")
 
 
 def num_levels(grid: Grid, cell_size: int) -> int:

@@ -5,9 +5,8 @@ from torch import Tensor, nn
 
 from .aggregation import start_kernels
 from .checkpoint import adapt_kernels
-from .geometry import tiling
+from .geometry import check_positive, tiling
 from .ops import multipole_attention
-from .ops.checks import check_positive
 
 VARIANTS = ("linear", "loglinear")
 AGGREGATIONS = ("learned", "mean")

@@ -64,7 +64,7 @@ def test_options_reach_the_layers():
     assert [a.cell_size for a in attn] == [4, 4, 8, 8] and [a.rank for a in attn] == [1, 2, 4, 4]
     assert [a.variant for a in attn] == ["loglinear", "linear", "linear", "linear"]
     assert [a.levels for a in attn] == [
-        fma2d.num_levels((512 // s, 512 // s), a.cell_size) for s, a in zip((4, 8, 16, 32), attn)
+        fma2d.num_levels((512 // s, 512 // s), a.cell_size) for s, a in zip((4, 8, 16, 32), attn, strict=True)
     ]
     assert model.stages[-1].blocks[-1].drop_path2.drop_prob == pytest.approx(0.3)
     assert model(torch.randn(2, 5, 64, 64)).shape == (2, 256)

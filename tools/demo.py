@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     paths = [cover_picture(photo, args.out), attention_picture(photo, args.out)]
     tasks = model_benchmark.tasks(MODELS, args.sizes, photo=str(photo), threads=threads)
+    (args.out / "demo.csv").unlink(missing_ok=True)
     results = Results(args.out / "demo.csv")
     limits = Limits(seconds=args.time_budget, repeat_seconds=1, total_seconds=args.time_budget)
     try:
@@ -85,13 +86,12 @@ def table(rows: list[dict]) -> str:
 
 def cover_picture(photo: str, folder: Path) -> Path:
     """What one token attends to at two resolutions, drawn on the photo."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(13, 8.6), layout="constrained")
     for axes, size in zip(figure.subplots(1, 2), (512, 1024), strict=True):
         grid = (size // 4, size // 4)
         token = tuple(p * n // PICTURE for p, n in zip(POINTS["nose"], grid, strict=True))
         draw_cover(grid, 8, token, square(photo, size), ax=axes)
-        axes.set_title(f"{size} px: {grid[0]}x{grid[1]} tokens in the first stage")
-    figure.suptitle("Everything one token attends to: near tokens one by one, the rest as 4 summary tokens a cell")
+        axes.set_title(f"What one of {grid[0]}x{grid[1]} tokens attends to ({size} px, first stage)")
     return save(figure, folder / "cover.png")
 
 
@@ -120,7 +120,7 @@ def square(photo: str, size: int) -> np.ndarray:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG."""
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     return path
 
 

@@ -1,6 +1,7 @@
 """The public operator: checks its arguments, chooses a backend, runs it."""
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -82,10 +83,18 @@ def why_not(backend: str, q: Tensor, **call_options) -> str | None:
 
     Raises:
         ValueError: for an unknown backend.
+        TypeError: for an option that `multipole_attention` does not have.
     """
+    if unknown := call_options.keys() - CALL_OPTIONS:
+        raise TypeError(f"why_not got options that multipole_attention does not have: {', '.join(sorted(unknown))}")
+    if backend == "auto":
+        return None
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     return _why_not_triton(q) if backend == "triton" else None
+
+
+CALL_OPTIONS = signature(multipole_attention).parameters.keys() - {"q", "k", "v", "backend"}
 
 
 def _why_not_triton(q: Tensor) -> str | None:

@@ -83,7 +83,7 @@ def backward(
             grad = torch.where(call.exists[..., None], grad, 0)
         d_tokens.append(grad.movedim(-2, 1).to(x.dtype))
     queries, keys, values = call.sources
-    return d_tokens, [keys.d_kernels, values.d_kernels, queries.d_kernels]
+    return d_tokens, [source.kernel_grads() for source in (keys, values, queries)]
 
 
 def _delta(d_out: Tensor, out: Tensor, d_lse: Tensor) -> Tensor:
@@ -161,11 +161,13 @@ class _Source:
     """
 
     def __init__(self, call: _Call, tokens: Tensor, kernels: Kernels | None):
-        self.call, self.tokens, self.kernels = call, tokens, kernels
+        # No reference to the call, which refers to its sources: a cycle would keep tensors until garbage is collected.
+        self.options, self.grid, self.dtype, self.mask_sums = call.options, call.grid, call.dtype, call.mask_sums
+        self.tokens, self.kernels = tokens, kernels
         self.sums = BlockSums(tokens, call.dtype)
         self.d_tokens: Tensor | None = None
         self.d_sums: dict[tuple[int, ...], Tensor] = {}
-        self.d_kernels = [[torch.zeros_like(w) for w in level] for level in kernels or []]
+        self.d_kernels = [[torch.zeros_like(w, dtype=call.dtype) for w in level] for level in kernels or []]
         # Upwards, as block sums are made from smaller ones.
         levels = range(1, call.levels + 1)
         self._lattices = [] if kernels is None else [self._aggregation(level).forward(self.sums) for level in levels]
@@ -174,16 +176,16 @@ class _Source:
         return self.tokens if level == 0 or self.kernels is None else self._lattices[level - 1]
 
     def _aggregation(self, level: int) -> Aggregation:
-        options = self.call.options
-        like = self.tokens.new_empty((), dtype=self.call.dtype).expand(self.tokens.shape)
+        options = self.options
+        like = self.tokens.new_empty((), dtype=self.dtype).expand(self.tokens.shape)
         kernels = level_kernels(self.kernels, level, options.cell_size, options.rank, like)
-        return Aggregation(kernels, self.call.grid, cell_side(level, options.cell_size), self.call.mask_sums)
+        return Aggregation(kernels, self.grid, cell_side(level, options.cell_size), self.mask_sums)
 
     def buffer(self, level: int) -> Tensor:
         """Where the gradient of `at(level)` is to be added."""
         if level == 0 or self.kernels is None:
             if self.d_tokens is None:
-                self.d_tokens = torch.zeros_like(self.tokens, dtype=self.call.dtype)
+                self.d_tokens = self.tokens.new_zeros(self.tokens.shape, dtype=self.dtype)
             return self.d_tokens
         return torch.zeros_like(self.at(level))
 
@@ -198,6 +200,10 @@ class _Source:
         if self.kernels:
             for total, d in zip(self.d_kernels[min(level, len(self.kernels)) - 1], d_kernels, strict=True):
                 total += d
+
+    def kernel_grads(self) -> Kernels:
+        pairs = zip(self.d_kernels, self.kernels or [], strict=True)
+        return [[d.to(w.dtype) for d, w in zip(*level, strict=True)] for level in pairs]
 
     def token_grad(self) -> Tensor:
         far = self.sums.backward(self.d_sums)

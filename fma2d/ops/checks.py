@@ -1,8 +1,10 @@
 """Argument checks of the operator: one clear error that names the argument, before any work."""
 
+from math import isfinite
+
 from torch import Tensor, bfloat16, bool, float16, float32, float64
 
-from ..geometry import cell_side, check_grid
+from ..geometry import cell_side, check_grid, check_positive
 
 DTYPES = (float16, bfloat16, float32, float64)
 
@@ -45,18 +47,12 @@ def check_call(
         raise ValueError("causal cannot be combined with query_kernels: a summary query would hold later tokens")
     if scale is not None and not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if scale is not None and not isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     for name, kernels in (("key", key_kernels), ("value", value_kernels), ("query", query_kernels)):
         if kernels is not None or name != "query":
             _check_kernels(f"{name}_kernels", kernels, q, cell_size, rank)
     return _check_mask(key_mask, q)
-
-
-def check_positive(name: str, value) -> None:
-    """Raise TypeError unless `value` is an integer, ValueError unless it is at least 1."""
-    if not isinstance(value, int) or value is True or value is False:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_kernels(name: str, kernels, q: Tensor, cell_size: int, rank: int) -> None:
@@ -69,9 +65,9 @@ def _check_kernels(name: str, kernels, q: Tensor, cell_size: int, rank: int) -> 
         side = cell_side(level, cell_size)
         for axis, kernel in enumerate(axes):
             at = f"{name}: level {level}, axis {axis}"
-            if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
+            if not isinstance(kernel, Tensor) or kernel.dtype not in DTYPES:
                 got = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
-                raise TypeError(f"{at} must be a tensor of a float dtype, got {got}")
+                raise TypeError(f"{at} must be a float16, bfloat16, float32 or float64 tensor, got {got}")
             if kernel.device != q.device:
                 raise ValueError(f"{at} must be on the device of q, {q.device}, got {kernel.device}")
             fits = (

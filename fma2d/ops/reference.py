@@ -29,6 +29,10 @@ def attention(
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32 or wider."""
     probabilities, values, lse, exists = _cover(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
     out = sum(p @ x for p, x in zip(probabilities, values, strict=True))
+    # Kernels of levels that the grid does not use take part too: their gradient is zero, not None.
+    for kernels in (key_kernels, value_kernels, query_kernels or []):
+        for kernel in (w for level in kernels for w in level):
+            out = out + kernel.flatten()[:0].sum().to(out.dtype)
     out = torch.where(exists[..., None], out, 0)
     return out.unflatten(2, q.shape[2:-1]).to(q.dtype), lse.unflatten(2, q.shape[2:-1])
 
@@ -58,6 +62,8 @@ def _cover(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options
     if key_mask is not None:
         q, k, v = (torch.where(key_mask[:, None, ..., None], x, 0) for x in (q, k, v))
     q, k, v = (x.to(dtype) for x in (q, k, v))
+    key_kernels, value_kernels = _cast(key_kernels, dtype), _cast(value_kernels, dtype)
+    query_kernels = None if query_kernels is None else _cast(query_kernels, dtype)
     tokens_exist = _tokens_exist(q, key_mask, torch.bool)
 
     near, _ = _relation(grid, 0, options, q.device)
@@ -82,6 +88,10 @@ def _cover(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options
     lse = torch.where(exists, score.logsumexp(-1), -torch.inf)
     probabilities = score.softmax(-1).split([s.shape[-1] for s in scores], -1)
     return probabilities, values, lse, exists
+
+
+def _cast(kernels, dtype: torch.dtype) -> list[list[Tensor]]:
+    return [[kernel.to(dtype) for kernel in level] for level in kernels]
 
 
 def _tokens_exist(q: Tensor, key_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -171,4 +181,6 @@ def _summaries(x: Tensor, kernels, level: int, tokens_exist: Tensor, options: Op
     for w in weights:
         whole = whole * w.abs().sum(-1)
     whole = whole.expand(-1, x.shape[1], x.shape[-1]).transpose(0, 1).repeat(1, left.shape[2] // options.rank, 1)
-    return summary * torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
+    factor = torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
+    full = contract([_token_matrix(torch.ones_like(w), n, side) for w, n in zip(weights, grid, strict=True)], exist)
+    return summary * torch.where(full == side ** len(grid), 1, factor)

@@ -164,7 +164,7 @@ class Addends(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """A row's shared entries of a state: indexed by a tile, scores `[cells, rows, entries]` and `[cells, entries, ...]`."""
+    """A row's shared entries of a state; by tile, scores `[cells, rows, entries]`, values `[cells, entries, ...]`."""
 
     row: Row
     parts: tuple[int, ...]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .gather import SMALL, Run, pairs_per_cell, runs
-
 from .slabs import ABSENT, Row, State, Windows, rows
 
 
