@@ -75,6 +75,7 @@ class FMA2DBackbone(nn.Module):
         proj_drop_rate: dropout after projections.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         attn_layer: another attention than `FMA2d`: a function of `(dim, num_heads, stage, block)`, see `baselines`.
+            The settings of `FMA2d` (cell_size to backend, qkv_bias) then play no part: the function has its own.
         eps: of the LayerNorms.
     """
 
