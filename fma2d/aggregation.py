@@ -8,17 +8,17 @@ Layout here: tokens `[B, *grid, heads, head_dim]`, lattices `[B, *lattice, heads
 list over axes of `[p, heads | 1, head_dim | 1, b]`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional as F
 
 from .geometry import Grid, cell_side, check_positive, subcell_counts, subcell_overlaps, tiling
 
-# Tokens are aggregated in pieces of about this many elements, which stay in a core's cache.
-PIECE = 1 << 18
+# Tokens are aggregated in pieces of about this many elements, so that temporaries do not grow with the grid.
+PIECE = 1 << 22
 
 
 def start_kernels(
@@ -90,7 +90,7 @@ def log_counts(
         count = mask.double()
         for axis, (extent, p) in enumerate(zip(grid, parts, strict=True), 1):
             overlaps = torch.tensor(subcell_overlaps(side, p), dtype=torch.float64, device=like.device)
-            cells = pad(count.movedim(axis, -1), (0, -extent % side)).unflatten(-1, (-1, side))
+            cells = F.pad(count.movedim(axis, -1), (0, -extent % side)).unflatten(-1, (-1, side))
             count = (cells @ overlaps.T).flatten(-2).movedim(-1, axis)
     # Counts are integers in units of 1 / rank tokens.
     return torch.where(count > 0, (count / rank).log(), absent).to(like.dtype)
@@ -114,29 +114,16 @@ class BlockSums:
             sizes = [x // y for x, y in zip(block, source, strict=True)]
             tokens = self._sums[source]
             step = sizes[0] * max(1, PIECE // (sizes[0] * max(1, tokens[:, :1].numel())))
-            pieces = [self._sum_axes(piece, sizes) for piece in tokens.split(step, 1)]
-            self._sums[block], self._made_from[block] = torch.cat(pieces, 1), source
+            pieces = [self._pool(piece.to(self._dtype), sizes) for piece in tokens.split(step, 1)]
+            self._sums[block], self._made_from[block] = _join(pieces), source
         return self._sums[block]
 
-    def _sum_axes(self, x: Tensor, sizes: list[int]) -> Tensor:
-        for axis, size in enumerate(sizes, 1):
-            if size > 1:
-                x = self._sum(x, axis, size)
-        return x.to(self._dtype)
-
-    def _sum(self, x: Tensor, axis: int, size: int) -> Tensor:
-        """Sum runs of `size` along an axis; the last one may be shorter."""
-        whole = x.shape[axis] // size * size
-        total = None
-        if whole:
-            first, *rest = x.narrow(axis, 0, whole).unflatten(axis, (-1, size)).unbind(axis + 1)
-            total = first.to(self._dtype)
-            for i, term in enumerate(rest):
-                total = total + term if i == 0 else total.add_(term)
-        if whole < x.shape[axis]:
-            last = x.narrow(axis, whole, x.shape[axis] - whole).sum(axis, keepdim=True, dtype=self._dtype)
-            total = last if total is None else torch.cat((total, last), axis)
-        return total
+    @staticmethod
+    def _pool(x: Tensor, sizes: list[int]) -> Tensor:
+        pool = F.avg_pool3d if len(sizes) == 3 else F.avg_pool2d
+        sizes = [min(size, n) for size, n in zip(sizes, x.shape[1:], strict=False)]  # pooling asks for that
+        sums = pool(_channels_first(x), _planar(sizes), ceil_mode=True, divisor_override=1)
+        return _channels_last(sums, x)
 
     def backward(self, grads: dict[Grid, Tensor]) -> Tensor | None:
         """Gradient of the tokens from the gradients of the sums that were used (None where none was)."""
@@ -155,110 +142,147 @@ class BlockSums:
 class Aggregation:
     """The aggregation of one level: block sums to summary tokens and back, with one level's kernels.
 
-    For each channel it is a matrix product of the cells' blocks with `p` separable kernels, done piece by piece.
+    As one weight for each block and channel of a cell, a kernel is a depthwise convolution whose stride is its size.
 
     Args:
         kernels: a list over axes of `[p, heads | 1, head_dim | 1, b]`, in the dtype to compute in.
         grid: token extents.
         side: `s_l`.
-        mask: block sums of the mask `[B, *grid, 1, 1]`; None where every token of the grid exists.
+        exist: block sums of the mask, `[B | 1, *grid, 1, 1]`; None where every cell is whole.
     """
 
-    def __init__(self, kernels: list[Tensor], grid: Grid, side: int, mask: BlockSums | None):
-        self.kernels, self.grid, self.side, self.mask = kernels, grid, side, mask
+    def __init__(self, kernels: list[Tensor], grid: Grid, side: int, exist: BlockSums | None):
+        self.grid, self.side, self.exist = grid, side, exist
         self.bins = tuple(kernel.shape[-1] for kernel in kernels)
         self.block = tuple(side // b for b in self.bins)
         self.parts = tiling(kernels[0].shape[0], len(grid))
+        # Of the blocks along one axis, and of all blocks: `[p, heads | 1, head_dim | 1, *bins]`.
+        self.factors = [
+            (kernel / block).unflatten(-1, [b if a == axis else 1 for a, b in enumerate(self.bins)])
+            for axis, (kernel, block) in enumerate(zip(kernels, self.block, strict=True))
+        ]
+        self.weight = prod(self.factors)
 
     def forward(self, tokens: BlockSums) -> Tensor:
         """Summary tokens `[B, *lattice, heads, head_dim]`."""
-        weights = self._weights(*self.kernels)
-        return torch.cat([self._piece(cells, x, m, *weights) for cells, x, m in self._pieces(tokens)], 1)
+        pieces = []
+        for _, x, exist in self._pieces(tokens):
+            summary = self._convolve(x)
+            if exist is not None:
+                summary = summary * self._existence(exist)[0]
+            pieces.append(self._lattice(summary))
+        return _join(pieces)
 
     def backward(self, tokens: BlockSums, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradients of `tokens[self.block]` and of the kernels from that of the summaries; recomputes in pieces."""
-        weights, weights_vjp = torch.func.vjp(self._weights, *self.kernels)
-        d_weights = [torch.zeros_like(w) for w in weights]
-        d_sums = []
-        for cells, x, m in self._pieces(tokens):
-            _, vjp = torch.func.vjp(lambda x, *w, cells=cells, m=m: self._piece(cells, x, m, *w), x, *weights)
-            d_x, *d_w = vjp(grad[:, cells.start * self.parts[0] : cells.stop * self.parts[0]])
+        d_sums, d_weight = [], torch.zeros_like(self.weight)
+        for cells, x, exist in self._pieces(tokens):
+            d = self._cells(grad[:, cells.start * self.parts[0] : cells.stop * self.parts[0]])
+            if exist is not None:
+                scale, left, cut = self._existence(exist)
+                d_scale = (d * self._convolve(x)).sum_to_size(scale.shape)
+                d_weight += self._existence_backward(exist, scale, left, cut, d_scale)
+                d = d * scale
+            d_x, d_w = self._convolve_backward(x, d)
             d_sums.append(d_x)
-            for total, d in zip(d_weights, d_w, strict=True):
-                total += d
-        return torch.cat(d_sums, 1), list(weights_vjp(tuple(d_weights)))
+            d_weight += d_w.sum_to_size(d_weight.shape)
+        return _join(d_sums), self._kernel_grads(d_weight)
 
-    def _pieces(self, tokens: BlockSums):
+    def _pieces(self, tokens: BlockSums) -> Iterator[tuple[range, Tensor, Tensor | None]]:
         """Yield runs of cells along the first axis, their block sums and those of the mask."""
         x = tokens[self.block]
         cells, bins = -(-self.grid[0] // self.side), self.bins[0]
         step = max(1, PIECE // max(1, x[:, :bins].numel()))
         for start in range(0, cells, step):
-            run = slice(start, min(cells, start + step))
+            run = range(start, min(cells, start + step))
             blocks = slice(run.start * bins, run.stop * bins)
-            mask = None if self.mask is None else self.mask[self.block][:, blocks]
-            yield run, x[:, blocks].to(self.kernels[0].dtype), mask
+            exist = None if self.exist is None else self.exist[self.block][:, blocks]
+            yield run, x[:, blocks].to(self.weight.dtype), exist
 
-    def _weights(self, *kernels: Tensor) -> tuple[Tensor, ...]:
-        """The weights of a cell's blocks, `[heads | 1, head_dim | 1, p, bins]`, and what cut cells are scaled by.
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Block sums `[B, *blocks, heads, head_dim]` to `[p, B, *cells, heads, head_dim]`."""
+        conv = F.conv3d if len(self.bins) == 3 else F.conv2d
+        tokens = _channels_first(self._pad(x))
+        weights = self._depthwise(x)
+        return torch.stack(
+            [_channels_last(conv(tokens, w, stride=w.shape[2:], groups=len(w)), x) for w in weights]
+        )
 
-        The scale, `[*cells, heads | 1, head_dim | 1, p]`, is there where some cell is cut and no mask is given; under a
-        mask it does not separate by axis and `_piece` finds it.
+    def _convolve_backward(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the block sums and of the weight, `[p, heads, head_dim, *bins]`."""
+        deconv = F.conv_transpose3d if len(self.bins) == 3 else F.conv_transpose2d
+        d_x = None
+        for d_part, w in zip(d, self._depthwise(x), strict=True):
+            term = deconv(_channels_first(d_part), w, stride=w.shape[2:], groups=len(w))
+            d_x = term if d_x is None else d_x.add_(term)
+        d_x = _channels_last(d_x, x)[tuple(map(slice, x.shape[:-2]))]
+        d_w = d.flatten(1, -3).movedim((0, 1), (2, 3)).flatten(0, 1) @ self._blocks(x).flatten(0, 1)
+        return d_x, d_w.unflatten(0, x.shape[-2:]).movedim(2, 0).unflatten(-1, self.bins)
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        """Weights as those of `p` convolutions: `[p, heads * head_dim, 1, *bins]`."""
+        weight = self.weight.expand(-1, *x.shape[-2:], *self.bins).flatten(1, 2)
+        return weight.reshape(*weight.shape[:2], 1, *_planar(self.bins))
+
+    def _existence(self, exist: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What summaries are scaled by, the weight left in each cell, and whether cell and weight are cut.
+
+        Each is `[p | 1, B | 1, *cells, heads | 1, head_dim | 1]`.
         """
-        weights = None
-        for kernel, block in zip(kernels, self.block, strict=True):
-            axis = (kernel / block).permute(1, 2, 0, 3)
-            weights = axis if weights is None else (weights[..., None] * axis[..., None, :]).flatten(3)
-        if self.mask is not None or not any(extent % self.side for extent in self.grid):
-            return (weights,)
-        scale, full = None, torch.ones((), dtype=torch.bool, device=kernels[0].device)
-        for kernel, extent, block in zip(kernels, self.grid, self.block, strict=True):
-            size = kernel.abs().permute(1, 2, 0, 3)
-            cell = torch.arange(-(-extent // self.side), device=kernel.device)
-            bin_start = cell[:, None] * self.side + block * torch.arange(kernel.shape[-1], device=kernel.device)
-            left = (size * (extent - bin_start).clamp(0, block)[:, None, None, None]).sum(-1)
-            ratio = _ratio((size * block).sum(-1), left)
-            scale = ratio if scale is None else scale.unsqueeze(-4) * ratio
-            full = full[..., None] & (cell < extent // self.side)
-        return weights, torch.where(full[..., None, None, None], 1, scale)
+        blocks, size = self._blocks(exist)[0, 0], self.weight.abs()
+        cells = (exist.shape[0], *(-(-n // b) for n, b in zip(exist.shape[1:], self.bins, strict=False)))
+        left = (size.flatten(3) @ blocks.mT).movedim(-1, 1).unflatten(1, cells)
+        whole = self._whole(size)
+        full = (blocks.sum(-1) == self.side ** len(self.grid)).unflatten(0, cells)[None, ..., None, None]
+        return torch.where(full, 1, _ratio(whole, left)), left, ~full & (left > 0)
 
-    def _piece(
-        self, cells: slice, x: Tensor, mask: Tensor | None, weights: Tensor, scale: Tensor | None = None
-    ) -> Tensor:
-        heads, head_dim = x.shape[-2:]
-        blocks = self._cells(x)  # [heads, head_dim, B, *cells, bins]
-        shape = blocks.shape[2:-1]
-        full = weights.expand(heads, head_dim, -1, -1).flatten(0, 1)
-        summary = torch.bmm(blocks.flatten(2, -2).flatten(0, 1), full.mT)
-        summary = summary.unflatten(1, shape).unflatten(0, (heads, head_dim))
-        if mask is not None:
-            size = weights.abs()
-            left = self._cells(mask).flatten(0, -2) @ size.flatten(0, 2).mT
-            left = left.unflatten(1, size.shape[:3]).unflatten(0, shape).movedim((-3, -2), (0, 1))
-            whole = (size.sum(-1) * prod(self.block)).reshape(*size.shape[:2], *(1,) * len(shape), -1)
-            full = self._cells(mask).sum(-1, keepdim=True) == self.side ** len(self.grid)
-            summary = summary * torch.where(full, 1, _ratio(whole, left))
-        elif scale is not None:
-            summary = summary * scale[cells].movedim((-3, -2), (0, 1)).unsqueeze(2)
-        return self._lattice(summary)
+    def _existence_backward(self, exist: Tensor, scale: Tensor, left: Tensor, cut: Tensor, d_scale: Tensor) -> Tensor:
+        """The gradient of the weight from that of the scale."""
+        d_whole = torch.where(cut, d_scale / torch.where(cut, left, 1), 0)
+        d_left = (-d_whole * scale).flatten(1, -3).movedim(1, -1)
+        d_size = (d_left @ self._blocks(exist)[0, 0]).unflatten(-1, self.bins)
+        d_whole = d_whole.sum(list(range(1, d_whole.dim() - 2)))
+        d_size = d_size + d_whole.reshape(*d_whole.shape, *(1,) * len(self.bins)) * prod(self.block)
+        return self.weight.sign() * d_size
 
-    def _cells(self, x: Tensor) -> Tensor:
-        """Blocks by cell, channels first: `[B, *blocks, heads, head_dim]` to `[heads, head_dim, B, *cells, bins]`."""
-        ndim = len(self.grid)
-        padding = [p for n, b in zip(x.shape[ndim:0:-1], self.bins[::-1], strict=True) for p in (0, -n % b)]
-        if any(padding):
-            x = pad(x, (0, 0, 0, 0, *padding))
+    def _whole(self, size: Tensor) -> Tensor:
+        """The weights' size over all tokens of a cell, `[p, 1, *1, heads | 1, head_dim | 1]`."""
+        whole = size.flatten(3).sum(-1) * prod(self.block)
+        return whole.reshape(len(whole), *(1,) * (1 + len(self.bins)), *whole.shape[1:])
+
+    def _kernel_grads(self, d_weight: Tensor) -> list[Tensor]:
+        grads = []
+        for axis, (factor, block) in enumerate(zip(self.factors, self.block, strict=True)):
+            others = prod(f for a, f in enumerate(self.factors) if a != axis)
+            grads.append((d_weight * others / block).sum_to_size(factor.shape).flatten(3))
+        return grads
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Fill up the last cells of `[B, *blocks, heads, head_dim]` with zeros."""
+        padding = [-n % b for n, b in zip(x.shape[1:], self.bins, strict=False)]
+        return F.pad(x, (0, 0, 0, 0, *(p for n in reversed(padding) for p in (0, n)))) if any(padding) else x
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """Block sums by cell, channels first: `[heads, head_dim, B * cells, bins of all axes]`."""
+        x, ndim = self._pad(x), len(self.bins)
         for axis, bins in enumerate(self.bins):
             x = x.unflatten(1 + 2 * axis, (-1, bins))
-        cell_axes, bin_axes = range(1, 1 + 2 * ndim, 2), range(2, 2 + 2 * ndim, 2)
-        return x.permute(-2, -1, 0, *cell_axes, *bin_axes).flatten(-ndim)
+        x = x.permute(-2, -1, 0, *range(1, 1 + 2 * ndim, 2), *range(2, 2 + 2 * ndim, 2))
+        return x.flatten(-ndim).flatten(2, -2)
+
+    def _cells(self, lattice: Tensor) -> Tensor:
+        """`[B, *lattice, heads, head_dim]` to `[p, B, *cells, heads, head_dim]`."""
+        ndim = len(self.bins)
+        for axis, p in enumerate(self.parts):
+            lattice = lattice.unflatten(1 + 2 * axis, (-1, p))
+        lattice = lattice.permute(*range(2, 2 + 2 * ndim, 2), 0, *range(1, 1 + 2 * ndim, 2), -2, -1)
+        return lattice.flatten(0, ndim - 1)
 
     def _lattice(self, summary: Tensor) -> Tensor:
-        """`[heads, head_dim, B, *cells, p]` to `[B, *lattice, heads, head_dim]`."""
-        ndim = len(self.grid)
-        summary = summary.unflatten(-1, self.parts)
-        order = [axis for a in range(ndim) for axis in (3 + a, 3 + ndim + a)]
-        summary = summary.permute(2, *order, 0, 1)
+        """`[p, B, *cells, heads, head_dim]` to `[B, *lattice, heads, head_dim]`."""
+        ndim = len(self.bins)
+        summary = summary.unflatten(0, self.parts)
+        summary = summary.permute(ndim, *(d for axis in range(ndim) for d in (ndim + 1 + axis, axis)), -2, -1)
         for axis in range(1, 1 + ndim):
             summary = summary.flatten(axis, axis + 1)
         return summary
@@ -267,3 +291,24 @@ class Aggregation:
 def _ratio(whole: Tensor, left: Tensor) -> Tensor:
     """`whole / left`, and 0 where nothing is left."""
     return torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _planar(sizes: Sequence[int]) -> list[int]:
+    """Sizes for convolution and pooling, which want two axes at least."""
+    return [1, *sizes] if len(sizes) == 1 else list(sizes)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """`[B, *grid, heads, head_dim]` as convolution and pooling want it, `[B, channels, *grid]`, in place."""
+    x = x.flatten(-2)
+    return (x.unsqueeze(1) if x.dim() == 3 else x).movedim(-1, 1)
+
+
+def _channels_last(x: Tensor, like: Tensor) -> Tensor:
+    """The way back of `_channels_first`; `like` tells the axes, heads and head_dim."""
+    x = x.movedim(1, -1)
+    return (x if like.dim() > 4 else x.squeeze(1)).unflatten(-1, like.shape[-2:])

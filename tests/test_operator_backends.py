@@ -265,24 +265,20 @@ def assert_fake_has_the_layout(op, arguments):
 
 
 @pytest.mark.parametrize("case", OP_CASES)
-def test_op_is_registered_as_it_should(case):
-    """Schema, fake and autograd."""
-    op, arguments = torch.ops.fma2d.multipole_attention.default, op_arguments(OP_CASES[case])
+def test_ops_are_registered_as_they_should(case):
+    """Schema, fake and autograd, of the op and of its backward."""
+    forward, backward = torch.ops.fma2d.multipole_attention.default, torch.ops.fma2d.multipole_attention_backward.default
+    inputs = op_arguments(OP_CASES[case])
+    out, lse = (x.detach() for x in forward(*inputs))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if case == "linear, masked":
         checks += ("test_aot_dispatch_dynamic",)
-    torch.library.opcheck(op, arguments, test_utils=checks)
-    assert_fake_has_the_layout(op, arguments)
-
-
-@pytest.mark.parametrize("case", OP_CASES)
-def test_backward_op_is_registered_as_it_should(case):
-    """Its autograd by opcheck, its fake by comparison: opcheck's modes do not go with the torch.func calls inside."""
-    op, arguments = torch.ops.fma2d.multipole_attention_backward.default, op_arguments(OP_CASES[case])
-    out, lse = (x.detach() for x in torch.ops.fma2d.multipole_attention(*arguments))
-    arguments = (*arguments[:6], out, lse, torch.ones_like(out), torch.ones_like(lse), *arguments[6:])
-    torch.library.opcheck(op, arguments, test_utils="test_autograd_registration")
-    assert_fake_has_the_layout(op, arguments)
+    for op, arguments, tests in (
+        (forward, inputs, checks),
+        (backward, (*inputs[:6], out, lse, torch.ones_like(out), torch.ones_like(lse), *inputs[6:]), checks[:3]),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=tests)
+        assert_fake_has_the_layout(op, arguments)
 
 
 def test_compiles_to_one_graph_for_all_sizes():

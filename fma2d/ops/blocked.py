@@ -101,11 +101,11 @@ class _Call:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.linear = query_kernels is not None
         q, k, v = (x.movedim(1, -2) for x in (q, k, v))
-        self.mask_sums = None
         if key_mask is not None:
             self.exists = key_mask[..., None]
             q, k, v = (torch.where(self.exists[..., None], x, 0) for x in (q, k, v))
-            self.mask_sums = BlockSums(self.exists[..., None].to(self.dtype), self.dtype)
+        tokens = torch.ones(1, *self.grid, device=q.device) if key_mask is None else key_mask
+        self.exist_sums = BlockSums(tokens[..., None, None].to(self.dtype), self.dtype)
         self.sources = [_Source(self, x, w) for x, w in ((q, query_kernels), (k, key_kernels), (v, value_kernels))]
 
     def attend_down_to(self, last: int) -> list[State | None]:
@@ -162,7 +162,8 @@ class _Source:
 
     def __init__(self, call: _Call, tokens: Tensor, kernels: Kernels | None):
         # No reference to the call, which refers to its sources: a cycle would keep tensors until garbage is collected.
-        self.options, self.grid, self.dtype, self.mask_sums = call.options, call.grid, call.dtype, call.mask_sums
+        self.options, self.grid, self.dtype = call.options, call.grid, call.dtype
+        self.masked, self.exist_sums = call.mask is not None, call.exist_sums
         self.tokens, self.kernels = tokens, kernels
         self.sums = BlockSums(tokens, call.dtype)
         self.d_tokens: Tensor | None = None
@@ -179,7 +180,9 @@ class _Source:
         options = self.options
         like = self.tokens.new_empty((), dtype=self.dtype).expand(self.tokens.shape)
         kernels = level_kernels(self.kernels, level, options.cell_size, options.rank, like)
-        return Aggregation(kernels, self.grid, cell_side(level, options.cell_size), self.mask_sums)
+        side = cell_side(level, options.cell_size)
+        cut = self.masked or any(extent % side for extent in self.grid)
+        return Aggregation(kernels, self.grid, side, self.exist_sums if cut else None)
 
     def buffer(self, level: int) -> Tensor:
         """Where the gradient of `at(level)` is to be added."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..geometry import subcells
 
 # Scores are held for about this many (query, key) pairs at a time: they stay in cache.
-PAIRS = 1 << 19
+PAIRS = 1 << 20
 # Stands for -inf, so that no inf - inf arises; what is below half of it has attended to nothing.
 ABSENT = -1e30
 

@@ -34,22 +34,14 @@ def forward(
     for row in _pieces(q, k, windows, bias, dtype):
         queries, keys, values = row.queries(q), row.keys(k), row.keys(v)
         addends = row.addends(bias)
-        sums, totals, tops = queries.empty_like(), queries.empty_like(1), queries.empty_like(1)
+        outs, lses = queries.empty_like(), queries.empty_like(1)
         for tile in row.tiles():
-            scores = _scores(queries[tile], keys[tile], addends[tile], windows.scale)
-            # Results do not depend on `top`, so no gradient passes through it.
-            top = scores.detach().amax(-1, keepdim=True)
-            weights = scores.sub_(top).exp_()
-            tops[tile].copy_(top)
-            totals[tile].copy_(weights.sum(-1, keepdim=True))
-            sums[tile].baddbmm_(weights, values[tile], beta=0)
-        row_out, row_lse = sums.data / totals.data, totals.data.log() + tops.data
+            tile_out, tile_lse = _attend(queries[tile], keys[tile], values[tile], addends[tile], windows.scale)
+            outs[tile].copy_(tile_out)
+            lses[tile].copy_(tile_lse)
+        row_out, row_lse = outs.data, lses.data
         if state is not None:
-            before, lse_before = row.before(state)
-            top = torch.maximum(lse_before, row_lse).detach()
-            lse_after = ((lse_before - top).exp() + (row_lse - top).exp()).log() + top
-            row_out = torch.lerp(row_out, before, (lse_before - lse_after).exp())
-            row_lse = lse_after
+            row_out, row_lse = _merge(row_out, row_lse, *row.before(state))
         row.write(out, row_out)
         row.write(lse[..., None], row_lse)
     return out, lse
@@ -115,6 +107,29 @@ def _pieces(q: Tensor, k: Tensor, windows: Windows, bias: Tensor | None, dtype: 
         return runs(q, k, windows, dtype)
     # Rings are overwritten from row to row, which autograd cannot follow.
     return rows(q, k, windows, dtype, ring=bias is None and not torch.is_grad_enabled())
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, addend: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of `[cells, rows, channels]` to `[cells, window, channels]`: its output, its lse `[cells, rows, 1]`."""
+    if addend is None and q.device.type == "cpu" and not torch.is_grad_enabled():
+        # The near field, for the most part: what `scaled_dot_product_attention` runs on a CPU, called by its own name
+        # because that returns the lse. Channels have to lie side by side.
+        q, k, v = (x[None] if x.stride(-1) == 1 else x[None].contiguous() for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return out[0], lse[0, ..., None]
+    scores = _scores(q, k, addend, scale)
+    # Results do not depend on `top`, so no gradient passes through it.
+    top = scores.detach().amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return torch.bmm(weights, v) / total, total.log() + top
+
+
+def _merge(out: Tensor, lse: Tensor, before: Tensor, lse_before: Tensor) -> tuple[Tensor, Tensor]:
+    """One softmax over the entries of two, of which outputs (the first is overwritten) and lse are given."""
+    top = torch.maximum(lse_before, lse).detach()
+    lse_after = ((lse_before - top).exp() + (lse - top).exp()).log() + top
+    return out.lerp_(before, (lse_before - lse_after).exp()), lse_after
 
 
 def _scores(q: Tensor, k: Tensor, addend: Tensor | None, scale: float) -> Tensor:
