@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .geometry import Grid, cell_side, check_positive, subcell_counts, subcell_overlaps, tiling
 
 # Tokens are aggregated in pieces of about this many elements, so that temporaries do not grow with the grid.
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 def start_kernels(
@@ -197,7 +197,8 @@ class Aggregation:
             run = range(start, min(cells, start + step))
             blocks = slice(run.start * bins, run.stop * bins)
             exist = None if self.exist is None else self.exist[self.block][:, blocks]
-            yield run, x[:, blocks].to(self.weight.dtype), exist
+            # Contiguous once, or each convolution makes it so.
+            yield run, x[:, blocks].to(self.weight.dtype).contiguous(), exist
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Block sums `[B, *blocks, heads, head_dim]` to `[p, B, *cells, heads, head_dim]`."""
