@@ -13,7 +13,6 @@ import fma2d  # noqa: F401  (registers its models)
 from fma2d.baselines import SpatialReductionAttention
 
 from .harness import GateError, Task, Work, text_table
-from .operator_benchmark import pairs
 from .records import total_mib
 
 MODES = ("inference", "training step")
@@ -123,13 +122,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
     Of multipole attention, the scores and their use are counted, not the aggregation.
     """
-
-    def attention_flops(q, k, v, kernels, levels, key_mask, cell_size, rank, *_, out_shape=None, **__) -> int:
-        batch, heads, *grid, head_dim = q
-        variant = "linear" if len(levels) == 3 else "loglinear"
-        return 4 * batch * heads * head_dim * sum(pairs(grid, cell_size, rank, variant))
-
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.fma2d.multipole_attention: attention_flops})
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:
         model.eval()(images)
     return counter.get_total_flops() // 2

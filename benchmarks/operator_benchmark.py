@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fma2d import multipole_attention, num_levels, start_kernels
-from fma2d.geometry import cell_side, neighbours
+from fma2d.geometry import count_pairs
 
 from .harness import GateError, Task, Work, text_table
 
@@ -37,7 +37,7 @@ def tasks(
             subject |= dict(batch=batch, heads=heads, head_dim=head_dim)
             for variant in variants:
                 own = dict(name=f"fma2d-{backend}", variant=variant, cell_size=cell_size, rank=rank)
-                cost = sum(pairs((height, width), cell_size, rank, variant))
+                cost = sum(count_pairs((height, width), cell_size, rank, linear=variant == "linear"))
                 found.append(Task(f"{__name__}:build", subject | own, cost, **setting))
             found.append(Task(f"{__name__}:build", subject | {"name": DENSE}, (height * width) ** 2, **setting))
     return found
@@ -80,7 +80,9 @@ def build(
 
     def facts() -> dict:
         grid = (height, width)
-        count = (height * width) ** 2 if name == DENSE else sum(pairs(grid, cell_size, rank, variant))
+        count = (height * width) ** 2
+        if name != DENSE:
+            count = sum(count_pairs(grid, cell_size, rank, linear=variant == "linear"))
         # Products of a pair: its score and its value; backward, the score again and four gradients.
         return dict(tokens=batch * height * width, macs=count * batch * heads * head_dim * (7 if learn else 2))
 
@@ -134,43 +136,16 @@ def gate(device: str, dtype: str, backend: str, variants: Sequence[str] = VARIAN
                 raise GateError(f"{where}: {what} is {error:.3g} away from the reference, allowed are {allowed:.3g}")
 
 
-def pairs(grid: Sequence[int], cell_size: int, rank: int, variant: str) -> tuple[int, int]:
-    """Pairs of a query and what it attends to, absent cells left out: `(near, far)`.
-
-    Each coarse cell counts `rank` summary tokens; in the linear variant it has as many queries.
-    """
-    sizes = [_sizes(extent, cell_size) for extent in grid]
-    near = prod(sum(s * sum(axis[n] for n in neighbours(c, len(axis))) for c, s in enumerate(axis)) for axis in sizes)
-    far = 0
-    for level in range(1, num_levels(tuple(grid), cell_size) + 1):
-        sizes = [_sizes(extent, cell_side(level, cell_size)) for extent in grid]
-        queries = [[1] * len(axis) if variant == "linear" else axis for axis in sizes]
-        children = prod(sum(s * _children(c, len(axis)) for c, s in enumerate(axis)) for axis in queries)
-        adjacent = prod(sum(s * len(neighbours(c, len(axis))) for c, s in enumerate(axis)) for axis in queries)
-        far += (children - adjacent) * rank * (rank if variant == "linear" else 1)
-    return near, far
-
-
-def _sizes(extent: int, side: int) -> list[int]:
-    """Tokens in each cell of an axis."""
-    return [min(side, extent - start) for start in range(0, extent, side)]
-
-
-def _children(cell: int, cells: int) -> int:
-    """Children of the neighbours of a cell's parent, on an axis."""
-    parents = neighbours(cell // 2, -(-cells // 2))
-    return min(cells, 2 * parents.stop) - 2 * parents.start
-
-
 def flop_bound(row: dict) -> float:
     """How many times faster than dense attention `row` could be: entries of a query's softmax, dense over its own.
 
     In the linear variant the far field is one entry, which few coarse queries have computed.
     """
     grid = (int(row["height"]), int(row["width"]))
-    near, far = pairs(grid, int(row["cell_size"]), int(row["rank"]), row["variant"])
+    linear = row["variant"] == "linear"
+    near, far = count_pairs(grid, int(row["cell_size"]), int(row["rank"]), linear=linear)
     tokens = prod(grid)
-    return tokens / (near / tokens + (min(far, 1) if row["variant"] == "linear" else far / tokens))
+    return tokens / (near / tokens + (min(far, 1) if linear else far / tokens))
 
 
 def table(rows: list[dict]) -> str:

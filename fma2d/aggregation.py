@@ -205,9 +205,7 @@ class Aggregation:
         conv = F.conv3d if len(self.bins) == 3 else F.conv2d
         tokens = _channels_first(self._pad(x))
         weights = self._depthwise(x)
-        return torch.stack(
-            [_channels_last(conv(tokens, w, stride=w.shape[2:], groups=len(w)), x) for w in weights]
-        )
+        return torch.stack([_channels_last(conv(tokens, w, stride=w.shape[2:], groups=len(w)), x) for w in weights])
 
     def _convolve_backward(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the block sums and of the weight, `[p, heads, head_dim, *bins]`."""

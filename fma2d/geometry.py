@@ -8,6 +8,7 @@ Source: Kang, Tran, De Sterck, arXiv:2310.11960v4, sections 3 and 4, with ragged
 
 from functools import lru_cache
 from itertools import product
+from math import prod
 
 Grid = tuple[int, ...]
 Span = tuple[int, int]
@@ -100,6 +101,37 @@ def subcell_counts(extent: int, side: int, parts: int) -> tuple[int, ...]:
 def neighbours(cell: int, cells: int) -> range:
     """Indices of the neighbours of a cell on one axis that has `cells` cells."""
     return range(max(0, cell - 1), min(cells, cell + 2))
+
+
+def count_pairs(grid: Grid, cell_size: int, rank: int, *, linear: bool, causal: bool = False) -> tuple[int, int]:
+    """Pairs of a query and what it attends to, `(near, far)`: as many as there are scores.
+
+    A coarse cell counts `rank` summary tokens, in the linear variant as many queries, too.
+    """
+
+    def count(side: int, seen, whole_cells: bool = False):
+        """The product over axes of what `seen` counts, summed over the tokens, or the cells, of the axis."""
+        axes = [[min(side, extent - start) for start in range(0, extent, side)] for extent in grid]
+        return prod(sum((1 if whole_cells else n) * seen(i, sizes) for i, n in enumerate(sizes)) for sizes in axes)
+
+    def near_tokens(cell: int, sizes: list[int]) -> float:
+        if causal:  # of the own cell, half of the pairs and half of the diagonal
+            return (sizes[cell] + 1) / 2 + sum(sizes[max(0, cell - 1) : cell])
+        return sum(sizes[i] for i in neighbours(cell, len(sizes)))
+
+    def children(cell: int, sizes: list[int]) -> int:
+        parents = neighbours(cell // 2, -(-len(sizes) // 2))
+        return (cell if causal else min(len(sizes), 2 * parents.stop)) - 2 * parents.start
+
+    def adjacent(cell: int, sizes: list[int]) -> int:
+        return min(1, cell) if causal else len(neighbours(cell, len(sizes)))
+
+    far = 0
+    for level in range(1, num_levels(grid, cell_size) + 1):
+        side = cell_side(level, cell_size)
+        cells = count(side, children, linear) - count(side, adjacent, linear)
+        far += cells * rank * (rank if linear else 1)
+    return int(count(cell_size, near_tokens)), far
 
 
 def cover(

@@ -3,7 +3,6 @@
 import csv
 import os
 import signal
-from itertools import product
 
 import pytest
 import torch
@@ -142,27 +141,6 @@ def test_file_with_other_columns_is_refused(tmp_path):
 # The operator and the models.
 
 
-@pytest.mark.parametrize("variant", ["linear", "loglinear"])
-@pytest.mark.parametrize(("grid", "cell_size"), [((37, 22), 2), ((16, 16), 2), ((9, 1), 3), ((50,), 3)])
-def test_pairs_are_those_of_the_cover(grid, cell_size, variant):
-    from benchmarks.operator_benchmark import pairs
-    from fma2d import cover
-
-    rank, near, far = 4, 0, 0
-    seen = set()
-    for token in product(*map(range, grid)):
-        near_tokens, far_cells = cover(grid, cell_size, token)
-        near += len(near_tokens)
-        for level, cell, _ in far_cells:
-            own = tuple(t // (cell_size << (level - 1)) for t in token)
-            if variant == "loglinear":
-                far += rank
-            elif (level, own, cell) not in seen:
-                seen.add((level, own, cell))
-                far += rank * rank
-    assert pairs(grid, cell_size, rank, variant) == (near, far)
-
-
 def test_flop_bound_is_the_one_counted_on_paper():
     from benchmarks.operator_benchmark import flop_bound
 
@@ -223,12 +201,12 @@ def test_model_benchmark_builds_and_checks(mode):
 
 def test_macs_of_attention_are_counted_by_its_pairs():
     from benchmarks.model_benchmark import count_macs
-    from benchmarks.operator_benchmark import pairs
     from fma2d import FMA2d
+    from fma2d.geometry import count_pairs
 
     module, x = FMA2d(16, 2, cell_size=2, levels=1), torch.zeros(1, 9, 12, 16)
     projections = 9 * 12 * 16 * 16 * 4
-    assert count_macs(module, x) == projections + 2 * 16 * sum(pairs((9, 12), 2, 4, "linear"))
+    assert count_macs(module, x) == projections + 2 * 16 * sum(count_pairs((9, 12), 2, 4, linear=True))
 
 
 @pytest.mark.slow

@@ -188,3 +188,23 @@ def test_cover_refuses_by_name(grid, cell_size, token, causal, name):
 def test_start_kernels_refuse_by_name(changes, name):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         start_kernels(**({"level": 2, "cell_size": 4, "rank": 2, "ndim": 2, "heads": 1, "head_dim": 1} | changes))
+
+
+@pytest.mark.parametrize(
+    "grid, causal", (((37,), False), ((37,), True), ((64,), True), ((13, 21), False), ((5, 6, 7), False))
+)
+@pytest.mark.parametrize("cell_size", (1, 2, 4))
+def test_pairs_are_those_of_the_covers(grid, causal, cell_size):
+    rank = 2
+    covers = [cover(grid, cell_size, token, causal) for token in product(*map(range, grid))]
+    near, far = geometry.count_pairs(grid, cell_size, rank, linear=False, causal=causal)
+    assert near == sum(len(tokens) for tokens, _ in covers)
+    assert far == rank * sum(len(cells) for _, cells in covers)
+    if not causal:
+        # Every summary query of a cell has the far cells of the tokens in it.
+        lists = {
+            (level, tuple(t // geometry.cell_side(level, cell_size) for t in token), cell)
+            for token, (_, cells) in zip(product(*map(range, grid)), covers, strict=True)
+            for level, cell, _ in cells
+        }
+        assert geometry.count_pairs(grid, cell_size, rank, linear=True)[1] == rank**2 * len(lists)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from fma2d import FMA1d, FMA2d, start_kernels
 from fma2d.checkpoint import resample_bins, share_parts
-from fma2d.geometry import tiling
+from fma2d.geometry import count_pairs, tiling
 
 
 def perturb(module):
@@ -170,3 +171,19 @@ def test_kernels_that_cannot_be_carried_over_are_an_error():
     target = FMA2d(16, 2, levels=1)
     load(target, shared)
     assert torch.equal(target.kernels, shared.kernels.expand_as(target.kernels))
+
+
+def test_flops_are_counted_forward_and_backward():
+    """torch's counter sees the projections and the operator's pairs: two products forward, five backward."""
+    module, x = FMA2d(16, 2, cell_size=2, levels=1), torch.randn(1, 9, 12, 16)
+    with FlopCounterMode(display=False) as counter:
+        module(x).sum().backward()
+    counts = {str(op): flops for op, flops in counter.flop_counts["Global"].items()}
+    once = 2 * 16 * sum(count_pairs((9, 12), 2, 4, linear=True))
+    assert counts["fma2d.multipole_attention"] == 2 * once
+    assert counts["fma2d.multipole_attention_backward"] == 5 * once
+
+
+def test_runs_on_meta_tensors():
+    x = torch.empty(2, 9, 7, 16, device="meta")
+    assert FMA2d(16, 2, levels=1).to("meta")(x).shape == x.shape

@@ -267,7 +267,10 @@ def assert_fake_has_the_layout(op, arguments):
 @pytest.mark.parametrize("case", OP_CASES)
 def test_ops_are_registered_as_they_should(case):
     """Schema, fake and autograd, of the op and of its backward."""
-    forward, backward = torch.ops.fma2d.multipole_attention.default, torch.ops.fma2d.multipole_attention_backward.default
+    forward, backward = (
+        torch.ops.fma2d.multipole_attention.default,
+        torch.ops.fma2d.multipole_attention_backward.default,
+    )
     inputs = op_arguments(OP_CASES[case])
     out, lse = (x.detach() for x in forward(*inputs))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -10,7 +10,9 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from ..geometry import count_pairs
 from .options import Options
 
 # Module with forward and backward of each backend behind the op; imported when first used.
@@ -137,3 +139,17 @@ def _double_backward(ctx, grads):
 
 
 multipole_attention_backward.register_autograd(_double_backward, setup_context=_setup_backward)
+
+
+@register_flop_formula(torch.ops.fma2d.multipole_attention)
+def _flops(q, k, v, kernels, levels, key_mask, cell_size, rank, causal, *_, out_shape=None, **__) -> int:
+    """Of the scores and their use, one product each; the aggregation is not counted, and no score is masked."""
+    batch, heads, *grid, head_dim = q
+    pairs = count_pairs(tuple(grid), cell_size, rank, linear=len(levels) == 3, causal=causal)
+    return 4 * batch * heads * head_dim * sum(pairs)
+
+
+@register_flop_formula(torch.ops.fma2d.multipole_attention_backward)
+def _backward_flops(q, k, v, kernels, levels, key_mask, out, lse, d_out, d_lse, *settings, out_shape=None, **_) -> int:
+    """The scores again and four gradients."""
+    return _flops(q, k, v, kernels, levels, key_mask, *settings) * 5 // 2
