@@ -6,11 +6,11 @@ The kernels of a backend are chosen by name inside; levels, cells and cut edges 
 that nothing of them reaches a compiler's guards.
 """
 
+import logging
 from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import count_pairs
 from .options import Options
@@ -141,7 +141,6 @@ def _double_backward(ctx, grads):
 multipole_attention_backward.register_autograd(_double_backward, setup_context=_setup_backward)
 
 
-@register_flop_formula(torch.ops.fma2d.multipole_attention)
 def _flops(q, k, v, kernels, levels, key_mask, cell_size, rank, causal, *_, out_shape=None, **__) -> int:
     """Of the scores and their use, one product each; the aggregation is not counted, and no score is masked."""
     batch, heads, *grid, head_dim = q
@@ -149,7 +148,20 @@ def _flops(q, k, v, kernels, levels, key_mask, cell_size, rank, causal, *_, out_
     return 4 * batch * heads * head_dim * sum(pairs)
 
 
-@register_flop_formula(torch.ops.fma2d.multipole_attention_backward)
 def _backward_flops(q, k, v, kernels, levels, key_mask, out, lse, d_out, d_lse, *settings, out_shape=None, **_) -> int:
     """The scores again and four gradients."""
     return _flops(q, k, v, kernels, levels, key_mask, *settings) * 5 // 2
+
+
+def _register_flops() -> None:
+    # Where triton is missing the import would say so, which is no news here: nothing of it is needed.
+    log = logging.getLogger("torch.utils.flop_counter")
+    level, _ = log.level, log.setLevel(logging.ERROR)
+    from torch.utils.flop_counter import register_flop_formula
+
+    log.setLevel(level)
+    register_flop_formula(torch.ops.fma2d.multipole_attention)(_flops)
+    register_flop_formula(torch.ops.fma2d.multipole_attention_backward)(_backward_flops)
+
+
+_register_flops()
