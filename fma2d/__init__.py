@@ -1,6 +1,6 @@
 """Fast Multipole Attention as a vision backbone library; importing it registers the models in timm."""
 
-from . import backbone
+from . import backbone, models
 from .aggregation import start_kernels
 from .geometry import cover, num_levels
 from .modules import FMA1d, FMA2d
@@ -12,6 +12,7 @@ __all__ = [
     "FMA2d",
     "backbone",
     "cover",
+    "models",
     "multipole_attention",
     "num_levels",
     "start_kernels",

@@ -1,44 +1,50 @@
-"""The hierarchical backbone and its registered timm models.
+"""The hierarchical backbone; `models` registers it in timm.
 
 Four stages at strides 4, 8, 16 and 32 on SegFormer's skeleton (arXiv:2105.15203) with Fast Multipole Attention
 (arXiv:2310.11960v4) in place of its attention. There is no position embedding, so any input size runs.
 """
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, to_2tuple, to_ntuple, trunc_normal_
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_module,
-)
+from timm.layers import ClassifierHead, is_exportable, to_2tuple, to_ntuple, trunc_normal_
+from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .geometry import num_levels
+from .checkpoint import check_state_dict, note_prefix, report_load
+from .geometry import check_positive, num_levels
 from .layers import Block, PatchEmbed
 from .modules import FMA2d
 
 register_notrace_module(FMA2d)
-logger = logging.getLogger(__name__)
+
+# Settings of FMA2d and their defaults here; one value, or one per stage.
+ATTENTION = dict(
+    cell_size=8, rank=4, variant="linear", aggregation="learned", share_heads=False, qkv_bias=True, backend="auto"
+)
 
 
 class Stage(nn.Module):
     """Patch embedding, blocks, norm: `[B, C, H, W]` to `[B, dim, ceil(H / stride), ceil(W / stride)]`."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int, blocks: Sequence[Block], eps: float):
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int,
+        stride: int,
+        blocks: Sequence[Block],
+        eps: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.grad_checkpointing = False
-        self.patch_embed = PatchEmbed(in_chans, dim, patch_size, stride, eps)
+        self.patch_embed = PatchEmbed(in_chans, dim, patch_size, stride, eps, device, dtype)
         self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(dim, eps)
+        self.norm = nn.LayerNorm(dim, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -52,7 +58,8 @@ class Stage(nn.Module):
 class FMA2DBackbone(nn.Module):
     """Hierarchical vision backbone with Fast Multipole Attention.
 
-    `[B, in_chans, H, W]` to logits, for any H and W. Settings marked (*) are one value, or one per stage.
+    `[B, in_chans, H, W]` to logits, for any H and W. Settings marked (*) are one value, or one per stage; those marked
+    (+) are of `FMA2d` and cannot be given together with `attn_layer`.
 
     Args:
         in_chans: input channels.
@@ -61,22 +68,26 @@ class FMA2DBackbone(nn.Module):
         dims: channels of each stage.
         depths: blocks of each stage.
         head_dim: (*) channels per head.
-        cell_size: (*) tokens per side of a base cell.
-        rank: (*) summary tokens per coarse cell.
-        variant: (*) "linear" or "loglinear".
-        aggregation: (*) "learned" or "mean".
-        share_heads: (*) one set of kernels for all heads.
-        img_size: pixels (int or (H, W)) for whose grids kernels are learned; any size may be fed.
-        levels: (*) the number of levels with learned kernels instead, as a number.
-        backend: of the operator, see `fma2d.multipole_attention`.
+        cell_size: (*+) tokens per side of a base cell; default 8.
+        rank: (*+) summary tokens per coarse cell; default 4.
+        variant: (*+) "linear" (default) or "loglinear".
+        aggregation: (*+) "learned" (default) or "mean".
+        share_heads: (*+) one set of kernels for all heads; default False.
+        img_size: pixels (int or (H, W)) for whose grids kernels are learned; any size may be fed. In a model made under
+            timm's `exportable=True` the largest size that may be fed.
+        levels: (*+) the number of levels with learned kernels instead, as a number.
+        backend: (*+) of the operator, see `fma2d.multipole_attention`; default "auto".
         mlp_ratio: (*) hidden channels of the Mix-FFN over those of the stage.
-        qkv_bias: bias of the query, key and value projection.
+        qkv_bias: (*+) bias of the query, key and value projection; default True.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after projections.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         attn_layer: another attention than `FMA2d`: a function of `(dim, num_heads, stage, block)`, see `baselines`.
-            The settings of `FMA2d` (cell_size to backend, qkv_bias) then play no part: the function has its own.
         eps: of the LayerNorms.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: for options that do not fit; the message names them.
     """
 
     def __init__(
@@ -87,54 +98,55 @@ class FMA2DBackbone(nn.Module):
         dims: Sequence[int] = (64, 128, 320, 512),
         depths: Sequence[int] = (3, 4, 6, 3),
         head_dim: int | Sequence[int] = 64,
-        cell_size: int | Sequence[int] = 8,
-        rank: int | Sequence[int] = 4,
-        variant: str | Sequence[str] = "linear",
-        aggregation: str | Sequence[str] = "learned",
-        share_heads: bool | Sequence[bool] = False,
+        cell_size: int | Sequence[int] | None = None,
+        rank: int | Sequence[int] | None = None,
+        variant: str | Sequence[str] | None = None,
+        aggregation: str | Sequence[str] | None = None,
+        share_heads: bool | Sequence[bool] | None = None,
         img_size: int | tuple[int, int] = 224,
         levels: int | Sequence[int] | None = None,
-        backend: str = "auto",
+        backend: str | Sequence[str] | None = None,
         mlp_ratio: float | Sequence[float] = 4.0,
-        qkv_bias: bool = True,
+        qkv_bias: bool | Sequence[bool] | None = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_layer: Callable[[int, int, int, int], nn.Module] | None = None,
         eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if len(dims) != len(depths):
             raise ValueError(f"dims and depths must have a value per stage each, got {dims} and {depths}")
-        stages = len(dims)
-
-        def per_stage(name: str, value) -> tuple:
-            value = to_ntuple(stages)(value)
-            if len(value) != stages:
-                raise ValueError(f"{name} must be one value or one per stage ({stages}), got {value}")
-            return tuple(value)
-
         self.num_classes, self.in_chans = num_classes, in_chans
-        strides = tuple(4 * 2**i for i in range(stages))
-        cell_sizes = per_stage("cell_size", cell_size)
-        if levels is None:
-            levels = tuple(
-                num_levels(tuple(-(-n // stride) for n in to_2tuple(img_size)), r)
-                for stride, r in zip(strides, cell_sizes, strict=True)
-            )
-        settings = dict(
-            cell_size=cell_sizes,
-            rank=per_stage("rank", rank),
-            levels=per_stage("levels", levels),
-            variant=per_stage("variant", variant),
-            aggregation=per_stage("aggregation", aggregation),
-            share_heads=per_stage("share_heads", share_heads),
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
+        ]
+        given = dict(
+            cell_size=cell_size,
+            rank=rank,
+            variant=variant,
+            aggregation=aggregation,
+            share_heads=share_heads,
+            qkv_bias=qkv_bias,
+            backend=backend,
+            levels=levels,
         )
-        head_dims, mlp_ratios = per_stage("head_dim", head_dim), per_stage("mlp_ratio", mlp_ratio)
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and attn_layer is not None:
+            raise ValueError(f"{', '.join(given)} cannot be given with attn_layer: they are settings of FMA2d")
+        settings = {name: self._per_stage(name, value) for name, value in (ATTENTION | given).items()}
+        grid_levels = tuple(self._grid_levels(img_size, i, r) for i, r in enumerate(settings["cell_size"]))
+        settings.setdefault("levels", grid_levels)
+        if is_exportable():
+            settings["export_levels"] = grid_levels
+        self.img_size = img_size if levels is None else None
+        head_dims, mlp_ratios = self._per_stage("head_dim", head_dim), self._per_stage("mlp_ratio", mlp_ratio)
         drop_paths = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
 
-        self.feature_info = []
-        layers = []
+        dd = dict(device=device, dtype=dtype)
+        stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             if dim % head_dims[i]:
                 raise ValueError(f"head_dim must divide the channels of stage {i}, {dim}, got {head_dims[i]}")
@@ -142,20 +154,75 @@ class FMA2DBackbone(nn.Module):
             blocks = []
             for j in range(depth):
                 if attn_layer is not None:
-                    attn = attn_layer(dim, heads, i, j)
+                    attn = attn_layer(dim, heads, i, j).to(**dd)
                 else:
                     own = {name: values[i] for name, values in settings.items()}
-                    attn = FMA2d(dim, heads, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, backend=backend, **own)
+                    attn = FMA2d(dim, heads, proj_drop=proj_drop_rate, **own, **dd)
                 drop_path = drop_paths[sum(depths[:i]) + j]
-                blocks.append(Block(dim, attn, mlp_ratios[i], proj_drop_rate, drop_path, eps))
-            layers.append(Stage(dims[i - 1] if i else in_chans, dim, 3 if i else 7, 2 if i else 4, blocks, eps))
-            self.feature_info.append(dict(num_chs=dim, reduction=strides[i], module=f"stages.{i}"))
-        self.stages = nn.Sequential(*layers)
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+                blocks.append(Block(dim, attn, mlp_ratios[i], proj_drop_rate, drop_path, eps, **dd))
+            stages.append(Stage(dims[i - 1] if i else in_chans, dim, 3 if i else 7, 2 if i else 4, blocks, eps, **dd))
+        self.stages = nn.Sequential(*stages)
+        self.num_features = dims[-1]
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.apply(_init_weights)
-        self.register_load_state_dict_post_hook(_report_kernels)
+        self._register_load_state_dict_pre_hook(note_prefix, with_module=True)
+        self.register_load_state_dict_post_hook(report_load)
 
+    def _per_stage(self, name: str, value) -> tuple:
+        stages = len(self.feature_info)
+        value = to_ntuple(stages)(value)
+        if len(value) != stages:
+            raise ValueError(f"{name} must be one value or one per stage ({stages}), got {value}")
+        return tuple(value)
+
+    def _grid_levels(self, img_size: int | Sequence[int], stage: int, cell_size: int) -> int:
+        """Levels of the grid of a stage at a size in pixels."""
+        size = to_2tuple(img_size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"img_size must be an integer or (height, width) of at least 1, got {img_size}")
+        return num_levels(tuple(-(-n // self.feature_info[stage]["reduction"]) for n in size), cell_size)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the classifier reads."""
+        return self.num_features * self.head.global_pool.feat_mult()
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        cell_size: int | Sequence[int] | None = None,
+        rank: int | Sequence[int] | None = None,
+    ) -> None:
+        """Learn kernels for another input size, cell size or rank; what was learned is carried over.
+
+        The kernels become other parameters: make the optimizer afterwards.
+
+        Args:
+            img_size: pixels for whose grids kernels are learned, instead of the levels so far; None: those stay.
+            cell_size, rank: one value, or one per stage; None: as they are.
+
+        Raises:
+            TypeError, ValueError: for what a new model would refuse; nothing is changed then.
+        """
+        layers = [(i, m) for i, stage in enumerate(self.stages) for m in stage.modules() if isinstance(m, FMA2d)]
+        given = dict(cell_size=cell_size, rank=rank)
+        given = {name: self._per_stage(name, value) for name, value in given.items() if value is not None}
+        if given and not layers:
+            raise ValueError(f"{', '.join(given)} cannot be set: the attention layers are not FMA2d")
+        size = self.img_size if img_size is None else img_size
+        plan = []
+        for i, layer in layers:
+            cells = {name: given[name][i] if name in given else getattr(layer, name) for name in ("cell_size", "rank")}
+            check_positive("cell_size", cells["cell_size"])
+            levels = layer.levels if size is None else self._grid_levels(size, i, cells["cell_size"])
+            layer.check_cells(**cells, levels=levels)
+            plan.append((layer, dict(cells, levels=levels)))
+        for layer, cells in plan:
+            layer.change_cells(**cells)
+            if layer.export_levels is not None and size is not None:
+                layer.export_levels = cells["levels"]
+        self.img_size = size
+        _record_arguments(self, size, **given)
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".kernels")}
@@ -185,6 +252,37 @@ class FMA2DBackbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """Load weights, of another input size, cell size, rank or variant too, and report what was done in one line.
+
+        Raises:
+            RuntimeError: for keys that are missing (unless `strict` is False) or have another shape; nothing is
+                loaded then.
+        """
+        check_state_dict(self, state_dict, optional=None if strict else ".*")
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages that these features do not need; the features keep their norms, `prune_norm` or not.
+
+        Args:
+            indices: as in `forward_intermediates`.
+            prune_head: drop pooling and classifier; they go with the last stage in any case.
+
+        Returns:
+            The indices of the stages asked for.
+        """
+        take, last = feature_take_indices(len(self.stages), indices)
+        ends_early = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if ends_early:
+            self.num_features = self.head.in_features = self.feature_info[last]["num_chs"]
+        if prune_head or ends_early:
+            self.reset_classifier(0, "")
+        return take
 
     def forward_intermediates(
         self,
@@ -237,70 +335,12 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _report_kernels(model: nn.Module, incompatible) -> None:
-    """Say in one line a kind what loading a state dict did to learned kernels beyond copying them."""
-    for kind in ("adapted", "initialised", "dropped"):
-        notes = {name: m.load_notes[kind] for name, m in model.named_modules() if kind in getattr(m, "load_notes", {})}
-        if notes:
-            first, note = next(iter(notes.items()))
-            logger.warning("aggregation kernels %s in %d layers, e.g. %s: %s", kind, len(notes), first, note)
-
-
-def _cfg(**kwargs) -> dict:
-    return dict(
-        url="",
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.9,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="stages.0.patch_embed.proj",
-        classifier="head.fc",
-        license="apache-2.0",
-        **kwargs,
-    )
-
-
-# No weights are published yet, so there are no urls.
-default_cfgs = generate_default_cfgs({f"fma2d_{size}": _cfg() for size in ("nano", "tiny", "small", "base", "large")})
-
-
-def _create(name: str, pretrained: bool, dims, depths, head_dim=64, variant="linear", **kwargs) -> FMA2DBackbone:
-    # timm's builder has a `variant` of its own, the model's name; the attention's is bound here.
-    model_cls = partial(FMA2DBackbone, dims=dims, depths=depths, head_dim=head_dim, variant=variant)
-    feature_cfg = dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter")
-    return build_model_with_cfg(model_cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
-
-
-@register_model
-def fma2d_nano(pretrained: bool = False, **kwargs) -> FMA2DBackbone:
-    """MiT-B0's skeleton."""
-    return _create(
-        "fma2d_nano", pretrained, **dict(dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), head_dim=32), **kwargs)
-    )
-
-
-@register_model
-def fma2d_tiny(pretrained: bool = False, **kwargs) -> FMA2DBackbone:
-    """MiT-B2's skeleton."""
-    return _create("fma2d_tiny", pretrained, **dict(dict(dims=(64, 128, 320, 512), depths=(3, 4, 6, 3)), **kwargs))
-
-
-@register_model
-def fma2d_small(pretrained: bool = False, **kwargs) -> FMA2DBackbone:
-    """MiT-B3's skeleton."""
-    return _create("fma2d_small", pretrained, **dict(dict(dims=(64, 128, 320, 512), depths=(3, 4, 18, 3)), **kwargs))
-
-
-@register_model
-def fma2d_base(pretrained: bool = False, **kwargs) -> FMA2DBackbone:
-    """The paper's FMA2D-B; its size matched to Swin-B's."""
-    return _create("fma2d_base", pretrained, **dict(dict(dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2)), **kwargs))
-
-
-@register_model
-def fma2d_large(pretrained: bool = False, **kwargs) -> FMA2DBackbone:
-    """The paper's FMA2D-L; its size matched to Swin-L's."""
-    return _create("fma2d_large", pretrained, **dict(dict(dims=(192, 384, 768, 1536), depths=(2, 2, 18, 2)), **kwargs))
+def _record_arguments(model: nn.Module, img_size, **settings) -> None:
+    """Have timm's `save_for_hf` write what was set after construction."""
+    try:
+        from timm.models._input import update_model_input_size
+    except ImportError:  # older versions of timm keep no such record
+        return
+    update_model_input_size(model, img_size, **settings)
+    if img_size is not None:
+        model._model_args.pop("levels", None)

@@ -1,15 +1,35 @@
-"""Learned kernels from one setting to another: other levels, cell size, rank, variant, shared heads.
+"""Checkpoints: learned kernels from one setting to another, what a load did in one line, files with metadata.
 
-This is the one place for the rule. Modules apply it whenever a state dict is loaded, so it holds on every road (timm,
-mmseg, resume, plain torch), and needs nothing but the shape of what was stored.
+`adapt_kernels` is the one place for the rule on other levels, cell sizes, ranks and variants. Modules apply it whenever
+a state dict is loaded, so it holds on every road (timm, mmseg, resume, plain torch), and needs nothing but the shape of
+what was stored.
 """
 
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
 from math import log2
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors.torch import save
+from timm.utils import unwrap_model
+from torch import Tensor, nn
 
 from .geometry import subcell_overlaps, tiling
+
+FORMAT_VERSION = 1
+SETTINGS = ("cell_size", "rank", "levels", "variant", "aggregation", "share_heads")
+
+# Weights that were not loaded must not go unseen, so reports reach stderr also where nobody has set up logging.
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)
+_to_stderr = logging.StreamHandler()
+_to_stderr.addFilter(lambda record: not logging.getLogger().handlers)
+logger.addHandler(_to_stderr)
 
 
 def resample_bins(bins: int, new_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -74,3 +94,131 @@ def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]
         kernels = torch.cat((kernels, start[:, kinds:].to(kernels)), 1)
         notes["initialised"] = "query kernels"
     return kernels.contiguous(), notes
+
+
+def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> str:
+    """Write a model's weights to a safetensors file, whole or not at all.
+
+    The file's metadata holds `format_version`, the settings of the attention layers (`cell_size`, `rank`, `levels`,
+    `variant`, `aggregation`, `share_heads`: one value, or a list of one per layer), the timm `architecture` where the
+    model has one, and what the caller adds. All of it is for people to read: loading goes by shapes and names alone.
+
+    Args:
+        model: may be wrapped by DDP, `torch.compile` or timm's ModelEma.
+        path: ends in `.safetensors`.
+        metadata: more entries; what is no string is written as JSON.
+
+    Returns:
+        The file's sha256; equal weights and metadata give equal files.
+
+    Raises:
+        ValueError: if `path` has another suffix.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {path}")
+    model = unwrap_model(model)
+    entries = dict(format_version=FORMAT_VERSION, **_settings(model))
+    if architecture := getattr(model, "pretrained_cfg", {}).get("architecture"):
+        entries["architecture"] = architecture
+    entries.update(metadata)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    data = _sorted_header(save(tensors, metadata=texts))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _settings(model: nn.Module) -> dict:
+    layers = [m for m in model.modules() if hasattr(m, "load_notes")]
+    values = {name: [getattr(layer, name) for layer in layers] for name in SETTINGS}
+    return {name: v[0] if len(set(v)) == 1 else v for name, v in values.items() if v}
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in order, which safetensors leaves to chance."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def check_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], optional: str | None = None, shapes: bool = True
+) -> None:
+    """Raise unless a state dict holds all that `model` needs, in its shapes, before anything is loaded.
+
+    Learned kernels need not be there and may have other shapes: modules adapt them.
+
+    Args:
+        optional: a pattern of the names that may be missing.
+        shapes: check shapes too.
+
+    Raises:
+        RuntimeError: naming the first keys of each kind.
+    """
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items() if not name.endswith(".kernels")}
+    missing = [name for name in own if name not in state_dict and not (optional and re.match(optional, name))]
+    misshapen = [
+        f"{name} ({list(state_dict[name].shape)} in the file, {list(shape)} in the model)"
+        for name, shape in own.items()
+        if shapes and name in state_dict and tuple(state_dict[name].shape) != shape
+    ]
+    if not missing and not misshapen:
+        return
+    problems = [_some("missing", missing), _some("of another shape", misshapen)]
+    if missing:
+        unknown = [name for name in state_dict if name not in own and not name.endswith(".kernels")]
+        problems.append(_some("that the model does not have", unknown))
+    raise RuntimeError(
+        f"the state dict does not fit {type(model).__name__} ({len(own)} keys without kernels): "
+        + "; ".join(filter(None, problems))
+    )
+
+
+def _some(kind: str, names: list[str], most: int = 3) -> str:
+    """`2 missing: a, b`, of many names the first ones; nothing if there are none."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {kind}: {', '.join(names[:most])}{more}" if names else ""
+
+
+def note_prefix(module: nn.Module, state_dict, prefix: str, *_) -> None:
+    """Hook before a load: under which prefix a state dict holds `module`."""
+    module.load_prefix = prefix
+
+
+def report_load(module: nn.Module, incompatible) -> None:
+    """Hook after a load: what it did, in one line, a warning unless all weights matched."""
+    own = list(module.state_dict())
+    prefix = module.load_prefix
+    missing = [k.removeprefix(prefix) for k in incompatible.missing_keys if k.startswith(prefix)]
+    unexpected = [k.removeprefix(prefix) for k in incompatible.unexpected_keys if k.startswith(prefix)]
+    layers = {name: m.load_notes for name, m in module.named_modules() if getattr(m, "load_notes", None)}
+    anew = [f"{name}.kernels" for name, notes in layers.items() if notes.get("initialised") == "all kernels"]
+    counts = dict(missing=missing, unexpected=unexpected, initialised=anew)
+    line = f"{type(module).__name__}: {len(own) - len(missing) - len(anew)} of {len(own)} weights matched, "
+    line += ", ".join(_some(kind, names) or f"0 {kind}" for kind, names in counts.items())
+    for kind in ("adapted", "initialised", "dropped"):
+        notes = [f"{name}: {n[kind]}" for name, n in layers.items() if kind in n]
+        if notes:
+            line += f"; aggregation kernels {kind} in {len(notes)} layers, e.g. {notes[0]}"
+    logger.log(logging.WARNING if missing or unexpected or layers else logging.INFO, line)
+
+
+def take_backbone_keys(features: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Hook before a load into a timm feature extractor: a backbone's state dict comes under the extractor's names.
+
+    The classifier and the stages that the extractor does without are left out.
+    """
+    own = list(features.state_dict())
+    place, dot = re.match(r"(.*?)stages([._])\d", own[0]).groups()
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        match = re.match(r"(?:stages\.(\d+)|head)\.(.*)", key.removeprefix(prefix))
+        if match:
+            value, stage = state_dict.pop(key), f"{place}stages{dot}{match[1]}."
+            if any(name.startswith(stage) for name in own):
+                state_dict[prefix + stage + match[2]] = value

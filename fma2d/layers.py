@@ -12,10 +12,12 @@ BAND = 1 << 22
 class PatchEmbed(nn.Module):
     """Overlapping patches: `[B, C, H, W]` to `[B, ceil(H / stride), ceil(W / stride), dim]`, normalised."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int, eps: float):
+    def __init__(
+        self, in_chans: int, dim: int, patch_size: int, stride: int, eps: float, device=None, dtype=None
+    ):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride, patch_size // 2)
-        self.norm = nn.LayerNorm(dim, eps)
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride, patch_size // 2, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
@@ -29,12 +31,12 @@ class MixFFN(nn.Module):
     features of the whole image, which would set the peak of memory, never exist at once.
     """
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+        self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden, device=device, dtype=dtype)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,6 +73,7 @@ class Block(nn.Module):
         drop: dropout rate of the Mix-FFN.
         drop_path: rate of stochastic depth.
         eps: of the LayerNorms.
+        device, dtype: of the parameters made here.
     """
 
     def __init__(
@@ -81,13 +84,16 @@ class Block(nn.Module):
         drop: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps)
+        dd = dict(device=device, dtype=dtype)
+        self.norm1 = nn.LayerNorm(dim, eps, **dd)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = MixFFN(dim, int(dim * mlp_ratio), drop)
+        self.norm2 = nn.LayerNorm(dim, eps, **dd)
+        self.mlp = MixFFN(dim, int(dim * mlp_ratio), drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

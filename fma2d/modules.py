@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .aggregation import start_kernels
 from .checkpoint import adapt_kernels
 from .geometry import check_positive, tiling
-from .ops import multipole_attention
+from .ops import exportable, multipole_attention
 
 VARIANTS = ("linear", "loglinear")
 AGGREGATIONS = ("learned", "mean")
@@ -36,42 +36,80 @@ class _FMA(nn.Module):
         qkv_bias: bool,
         proj_drop: float,
         backend: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ):
         super().__init__()
-        for name, value in (("dim", dim), ("num_heads", num_heads), ("cell_size", cell_size), ("rank", rank)):
+        for name, value in (("dim", dim), ("num_heads", num_heads)):
             check_positive(name, value)
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
-        if not isinstance(levels, int) or levels < 0:
-            raise ValueError(f"levels must be an integer of at least 0, got {levels!r}")
         for name, value, known in (("variant", variant, VARIANTS), ("aggregation", aggregation, AGGREGATIONS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if causal and variant == "linear":
             raise ValueError("causal needs variant 'loglinear': a summary query would hold later tokens")
-        parts = tiling(rank, self.ndim)
-        if aggregation == "learned" and any(cell_size % p for p in parts):
-            raise ValueError(
-                f"rank {rank} tiles a cell as {parts}; each must divide cell_size {cell_size} to be learned"
-            )
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.cell_size, self.rank, self.levels = cell_size, rank, levels
         self.variant, self.aggregation, self.causal, self.backend = variant, aggregation, causal, backend
         self.share_heads = share_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self._set_cells(cell_size, rank, levels)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
-        learned = aggregation == "learned" and levels > 0
-        self.kernels = nn.Parameter(self.start_kernels()) if learned else None
+        self.kernels = nn.Parameter(self.start_kernels(device, dtype)) if self.learns_kernels else None
         # What the last load_state_dict did to the kernels, beyond copying them: "initialised", "adapted", "dropped".
         self.load_notes: dict[str, str] = {}
 
-    def start_kernels(self) -> Tensor:
+    def check_cells(self, cell_size: int, rank: int, levels: int) -> None:
+        """Raise TypeError or ValueError for settings that this module cannot have."""
+        for name, value in (("cell_size", cell_size), ("rank", rank)):
+            check_positive(name, value)
+        if not isinstance(levels, int) or levels < 0:
+            raise ValueError(f"levels must be an integer of at least 0, got {levels!r}")
+        parts = tiling(rank, self.ndim)
+        if self.aggregation == "learned" and any(cell_size % p for p in parts):
+            raise ValueError(
+                f"rank {rank} tiles a cell as {parts}; each must divide cell_size {cell_size} to be learned"
+            )
+
+    def _set_cells(self, cell_size: int, rank: int, levels: int) -> None:
+        self.check_cells(cell_size, rank, levels)
+        self.cell_size, self.rank, self.levels = cell_size, rank, levels
+
+    @property
+    def learns_kernels(self) -> bool:
+        return self.aggregation == "learned" and self.levels > 0
+
+    def start_kernels(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The start value of `kernels`."""
         heads = 1 if self.share_heads else self.num_heads
         axes = start_kernels(1, self.cell_size, self.rank, self.ndim, heads, self.head_dim, bins=self.cell_size)
         kinds = 3 if self.variant == "linear" else 2
-        return torch.stack(axes).mul(self.cell_size).expand(self.levels, kinds, -1, -1, -1, -1, -1).clone()
+        kernels = torch.stack(axes).mul(self.cell_size).to(device=device, dtype=dtype)
+        return kernels.expand(self.levels, kinds, -1, -1, -1, -1, -1).clone()
+
+    def change_cells(self, cell_size: int | None = None, rank: int | None = None, levels: int | None = None) -> None:
+        """Change settings (None: as it is); learned kernels are carried over as from a checkpoint.
+
+        `kernels` becomes another parameter: make the optimizer afterwards.
+
+        Raises:
+            TypeError, ValueError: for settings that a new module would refuse; nothing is changed then.
+        """
+        old = self.kernels
+        self._set_cells(
+            self.cell_size if cell_size is None else cell_size,
+            self.rank if rank is None else rank,
+            self.levels if levels is None else levels,
+        )
+        if not self.learns_kernels:
+            self.kernels = None
+            return
+        like = self.qkv.weight if old is None else old
+        kernels = self.start_kernels(like.device, like.dtype)
+        if old is not None:
+            kernels = adapt_kernels(old.detach(), kernels)[0]
+        self.kernels = nn.Parameter(kernels, requires_grad=like.requires_grad)
 
     def call_options(self) -> dict:
         """Keyword arguments of `multipole_attention`, the learned kernels among them."""
@@ -99,8 +137,12 @@ class _FMA(nn.Module):
         """`[B, *grid, dim]` to the same; `key_mask` bool, broadcastable to `[B, *grid]`, True where a token exists."""
         if x.dim() != self.ndim + 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have {self.ndim + 2} axes, the last of {self.dim} channels, got {tuple(x.shape)}")
-        out = multipole_attention(*self.project(x), key_mask=key_mask, **self.call_options())
+        out = self.attend(*self.project(x), key_mask)
         return self.proj_drop(self.proj(out.movedim(1, -2).flatten(-2)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The operator on q, k and v `[B, heads, *grid, head_dim]`."""
+        return multipole_attention(q, k, v, key_mask=key_mask, **self.call_options())
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         self.load_notes = {}
@@ -140,6 +182,9 @@ class FMA2d(_FMA):
         aggregation: "learned" or "mean" (fixed averaging, no parameters).
         share_heads: one set of kernels for all heads.
         backend: see `multipole_attention`.
+        export_levels: None, or run in operations that ONNX knows, for grids of at most this many levels; see
+            `fma2d.ops.exportable`. `backend` and a mask then play no part.
+        device, dtype: of the parameters.
     """
 
     ndim = 2
@@ -158,6 +203,9 @@ class FMA2d(_FMA):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        export_levels: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(
             dim,
@@ -172,6 +220,27 @@ class FMA2d(_FMA):
             qkv_bias,
             proj_drop,
             backend,
+            device,
+            dtype,
+        )
+        self.export_levels = export_levels
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self.export_levels is None:
+            return super().attend(q, k, v, key_mask)
+        if key_mask is not None:
+            raise ValueError("key_mask cannot be given to a module made for export (export_levels)")
+        options = self.call_options()
+        return exportable.attention(
+            q,
+            k,
+            v,
+            options["key_kernels"],
+            options["value_kernels"],
+            options["query_kernels"],
+            levels=self.export_levels,
+            cell_size=self.cell_size,
+            rank=self.rank,
         )
 
 
@@ -201,6 +270,8 @@ class FMA1d(_FMA):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(
             dim,
@@ -215,4 +286,6 @@ class FMA1d(_FMA):
             qkv_bias,
             proj_drop,
             backend,
+            device,
+            dtype,
         )
