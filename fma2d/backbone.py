@@ -250,8 +250,10 @@ class FMA2DBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        like = self.stages[0].norm.weight
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
+        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """Load weights, of another input size, cell size, rank or variant too, and report what was done in one line.
