@@ -116,7 +116,7 @@ class _FMA(nn.Module):
         if self.kernels is None:
             groups = ([], [], [])
         else:
-            weights = self.kernels / self.cell_size
+            weights = self.kernels * (1 / self.cell_size)  # a product: the ONNX exporter stumbles over the quotient
             groups = [[list(axes) for axes in kind] for kind in weights.transpose(0, 1)]
         return dict(
             key_kernels=groups[0],
