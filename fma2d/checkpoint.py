@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log2
 from pathlib import Path
 
@@ -45,6 +45,18 @@ def share_parts(rank: int, new_rank: int, ndim: int, dtype: torch.dtype = torch.
     return share
 
 
+def check_kernels(stored: Sequence[int], own: Sequence[int]) -> None:
+    """Raise ValueError if kernels of shape `stored` cannot be carried over to shape `own`; see `adapt_kernels`."""
+    if len(stored) != len(own):
+        raise ValueError(f"kernels must have {len(own)} axes, the file has shape {tuple(stored)}")
+    (axes, heads, channels), (own_axes, own_heads, own_channels) = ((s[2], s[4], s[5]) for s in (stored, own))
+    if (axes, channels) != (own_axes, own_channels) or heads not in (1, own_heads):
+        raise ValueError(
+            f"kernels of {axes} axes, {heads} heads of {channels} channels do not fit a module of {own_axes} axes, "
+            f"{own_heads} heads of {own_channels} channels"
+        )
+
+
 def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]]:
     """Stored kernels in the shape of a module's, whose start value is `start`.
 
@@ -60,15 +72,9 @@ def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]
     """
     if stored.shape == start.shape:
         return stored, {}
-    if stored.dim() != start.dim():
-        raise ValueError(f"kernels must have {start.dim()} axes, the file has shape {tuple(stored.shape)}")
-    levels, kinds, axes, rank, heads, head_dim, bins = stored.shape
-    new_levels, new_kinds, new_axes, new_rank, new_heads, new_head_dim, new_bins = start.shape
-    if (axes, head_dim) != (new_axes, new_head_dim) or heads not in (1, new_heads):
-        raise ValueError(
-            f"kernels of {axes} axes, {heads} heads of {head_dim} channels do not fit a module of {new_axes} axes, "
-            f"{new_heads} heads of {new_head_dim} channels"
-        )
+    check_kernels(stored.shape, start.shape)
+    levels, kinds, axes, rank, heads, _, bins = stored.shape
+    new_levels, new_kinds, _, new_rank, new_heads, _, new_bins = start.shape
     notes = {}
 
     def nearest(level: int) -> int:
@@ -168,6 +174,13 @@ def check_state_dict(
         for name, shape in own.items()
         if shapes and name in state_dict and tuple(state_dict[name].shape) != shape
     ]
+    for name, layer in model.named_modules():
+        stored = state_dict.get(f"{name}.kernels") if getattr(layer, "kernels", None) is not None else None
+        try:
+            if stored is not None and len(stored):
+                check_kernels(stored.shape, layer.kernels.shape)
+        except ValueError as error:
+            misshapen.append(f"{name}.kernels ({error})")
     if not missing and not misshapen:
         return
     problems = [_some("missing", missing), _some("of another shape", misshapen)]

@@ -52,8 +52,7 @@ def test_five_models_and_their_tags():
     assert {f"{name}.{tag}" for name in NAMES for tag in TAGS} <= set(tagged)
 
 
-@pytest.mark.parametrize("tag", TAGS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, tag", [(name, "in1k") for name in NAMES] + [("fma2d_nano", tag) for tag in TAGS[1:]])
 def test_cfg_describes_the_model(name, tag):
     model = on_meta(f"{name}.{tag}")
     cfg, state = model.default_cfg, model.state_dict()
@@ -266,5 +265,4 @@ def test_seeded_logits_are_what_they_were():
         for p in model.parameters():
             p.copy_(torch.rand(p.shape, generator=generator) - 0.5)
         logits = model.double().eval()(torch.rand(1, 3, 60, 52, generator=generator).double())
-    print(logits)
-    assert torch.allclose(logits, torch.zeros(1, 3, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(logits, logits.new_tensor([[0.4725945, -0.2075908, -0.5313348]]), atol=1e-6)
