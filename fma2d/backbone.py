@@ -120,9 +120,7 @@ class FMA2DBackbone(nn.Module):
         if len(dims) != len(depths):
             raise ValueError(f"dims and depths must have a value per stage each, got {dims} and {depths}")
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
-        ]
+        self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)]
         given = dict(
             cell_size=cell_size,
             rank=rank,
@@ -223,6 +221,7 @@ class FMA2DBackbone(nn.Module):
                 layer.export_levels = cells["levels"]
         self.img_size = size
         _record_arguments(self, size, **given)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".kernels")}

@@ -12,9 +12,7 @@ BAND = 1 << 22
 class PatchEmbed(nn.Module):
     """Overlapping patches: `[B, C, H, W]` to `[B, ceil(H / stride), ceil(W / stride), dim]`, normalised."""
 
-    def __init__(
-        self, in_chans: int, dim: int, patch_size: int, stride: int, eps: float, device=None, dtype=None
-    ):
+    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int, eps: float, device=None, dtype=None):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride, patch_size // 2, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(dim, eps, device=device, dtype=dtype)

@@ -75,7 +75,9 @@ ROADS = {
     "resume": resume,
     "overlay": overlay,
     "checkpoint_path": lambda files, **options: create(checkpoint_path=files / "own.safetensors", **options),
-    "local-dir": lambda files, **options: timm.create_model(f"local-dir:{files}/hub", pretrained=True, **options).eval(),
+    "local-dir": lambda files, **options: timm.create_model(
+        f"local-dir:{files}/hub", pretrained=True, **options
+    ).eval(),
 }
 
 

@@ -109,7 +109,9 @@ def test_intermediates_and_pruning(name):
     with torch.no_grad():
         final, features = model.forward_intermediates(x)
         assert torch.equal(final, model.forward_features(x)) and torch.equal(final, features[-1])
-        sizes = [(c, math.ceil(70 / r), math.ceil(66 / r)) for c, r in zip(info.channels(), info.reduction(), strict=True)]
+        sizes = [
+            (c, math.ceil(70 / r), math.ceil(66 / r)) for c, r in zip(info.channels(), info.reduction(), strict=True)
+        ]
         assert [tuple(f.shape[1:]) for f in features] == sizes
         logits = model(x)
         whole = copy.deepcopy(model)
@@ -147,7 +149,9 @@ def test_fx_gives_the_same_values():
     x = torch.randn(1, 3, 64, 96)
     options = dict(leaf_modules=get_notrace_modules(), param_shapes_constant=True)
     _, nodes = get_graph_node_names(model, tracer_kwargs=options)
-    traced = create_feature_extractor(model, eval_return_nodes=nodes[-1:], train_return_nodes=nodes[-1:], tracer_kwargs=options)
+    traced = create_feature_extractor(
+        model, eval_return_nodes=nodes[-1:], train_return_nodes=nodes[-1:], tracer_kwargs=options
+    )
     with torch.no_grad():
         assert torch.equal(next(iter(traced(x).values())), model(x))
 
@@ -158,7 +162,11 @@ def test_layer_decay_and_weight_decay(name):
     model = on_meta(name)
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     depth = sum(len(stage.blocks) for stage in model.stages)
-    order = [layers[f"stages.{i}.blocks.{j}.attn.qkv.weight"] for i, s in enumerate(model.stages) for j in range(len(s.blocks))]
+    order = [
+        layers[f"stages.{i}.blocks.{j}.attn.qkv.weight"]
+        for i, s in enumerate(model.stages)
+        for j in range(len(s.blocks))
+    ]
     assert order == list(range(1, depth + 1)) and layers["stages.0.patch_embed.proj.weight"] == 0
     assert layers["stages.3.norm.weight"] == depth and layers["head.fc.weight"] == depth + 1
     assert layers["stages.1.patch_embed.proj.weight"] == layers["stages.1.blocks.0.attn.qkv.weight"]
@@ -211,7 +219,9 @@ def test_options_that_make_no_sense_are_refused_by_name(options, word):
         timm.create_model("fma2d_nano", **options)
 
 
-@pytest.mark.parametrize("name", ["cell_size", "rank", "variant", "aggregation", "share_heads", "levels", "backend", "qkv_bias"])
+@pytest.mark.parametrize(
+    "name", ["cell_size", "rank", "variant", "aggregation", "share_heads", "levels", "backend", "qkv_bias"]
+)
 def test_settings_of_fma2d_are_refused_beside_another_attention(name):
     values = dict(variant="linear", aggregation="mean", backend="torch", share_heads=False, qkv_bias=True)
     with pytest.raises(ValueError, match=name):

@@ -1,0 +1,130 @@
+"""Write a model as a torch.export program and as ONNX, with batch, height and width left open, and check both.
+
+The model is made with timm's `exportable=True`: standard operations only, and the levels of `--max-size` unrolled.
+Smaller images have fewer levels; the others then contribute nothing. Both files are run at three sizes with different
+numbers of levels, one of them odd, against the model as it runs in PyTorch. ONNX needs the extra `fma2d[export]`.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import timm
+import torch
+from timm.utils import ParseKwargs
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+import fma2d
+
+MIN_SIZE = 64
+TOLERANCE = 1e-4  # of the largest output, in float32
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export and check; 1 if a result differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("model", help="a registered name, such as fma2d_tiny")
+    parser.add_argument(
+        "--max-size", type=int, default=512, help="the largest height and width, pixels; fixes the levels"
+    )
+    parser.add_argument("--checkpoint", help="weights (safetensors or PyTorch); without, they are random")
+    parser.add_argument("--num-classes", type=int, help="classes of the head; 0 for pooled features")
+    parser.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="more options, as cell_size=4"
+    )
+    parser.add_argument("--formats", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="what to write")
+    parser.add_argument("--out", type=Path, default=Path("out/export"), help="folder of the files")
+    args = parser.parse_args(argv)
+    if args.max_size <= MIN_SIZE:
+        parser.error(f"--max-size must be above {MIN_SIZE}, got {args.max_size}")
+    options = dict(args.model_kwargs, num_classes=args.num_classes, img_size=args.max_size)
+    try:
+        model = timm.create_model(args.model, exportable=True, checkpoint_path=args.checkpoint, **options).eval()
+    except (RuntimeError, ValueError, TypeError, FileNotFoundError) as error:
+        parser.error(f"{args.model} cannot be made: {error}")
+    eager = timm.create_model(args.model, **options).eval()
+    eager.load_state_dict(model.state_dict())
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.model}_{args.max_size}"
+
+    program = timed("torch.export", export, model, args.max_size)
+    runners = {}
+    if "pt2" in args.formats:
+        torch.export.save(program, path.with_suffix(".pt2"))
+        runners["torch.export"] = torch.export.load(path.with_suffix(".pt2")).module()
+    if "onnx" in args.formats:
+        timed("ONNX", write_onnx, program, path.with_suffix(".onnx"))
+        runners["onnxruntime"] = onnx_runner(path.with_suffix(".onnx"))
+    print("\nlargest difference from the model in PyTorch, over the largest output\n")
+    worst = 0.0
+    for name, height, width, levels, difference in compare(eager, runners, check_sizes(args.max_size)):
+        print(f"{name:14}{height:5} x {width:<5}levels {levels}   {difference:.1e}", flush=True)
+        worst = max(worst, difference)
+    files = ", ".join(str(path.with_suffix(f".{kind}")) for kind in args.formats)
+    print(f"\n{files}: {'fine' if worst <= TOLERANCE else 'WRONG'} (at most {TOLERANCE:.0e} is rounding)")
+    return int(worst > TOLERANCE)
+
+
+def export(model: nn.Module, max_size: int, min_size: int = MIN_SIZE) -> ExportedProgram:
+    """Export an exportable model for images `[B, C, H, W]` of `min_size` to `max_size` pixels a side."""
+    from torch.fx.experimental import _config
+
+    image = torch.zeros(2, model.in_chans, max_size - 1, max_size)
+    height, width = (Dim(name, min=min_size, max=max_size) for name in ("height", "width"))
+    shapes = ({0: Dim("batch", min=1, max=1 << 16), 2: height, 3: width},)
+    # Without this, export takes a coarse grid of more than one cell to be so at every size.
+    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
+        return torch.export.export(model, (image,), dynamic_shapes=shapes)
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    """Convert and save, one file."""
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"], output_names=["output"])
+    onnx.save(path)
+
+
+def onnx_runner(path: Path):
+    """The file in onnxruntime on the CPU, as a function of a tensor."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+
+def check_sizes(max_size: int, min_size: int = MIN_SIZE) -> list[tuple[int, int]]:
+    """Three sizes a factor of two apart, so of different levels; the second one is odd."""
+    sizes = [(max_size, 3 * max_size // 4), (max_size // 2 - 1, max_size // 3), (max_size // 4, max_size // 4)]
+    return [(max(min_size, height), max(min_size, width)) for height, width in sizes]
+
+
+def compare(eager: nn.Module, runners: dict, sizes: list[tuple[int, int]]):
+    """Yield (runner, height, width, levels of each stage, largest difference over the largest output)."""
+    for height, width in sizes:
+        x = torch.randn(1, eager.in_chans, height, width)
+        grids = [(-(-height // s), -(-width // s)) for s in (info["reduction"] for info in eager.feature_info)]
+        cells = [stage.blocks[0].attn.cell_size for stage in eager.stages]
+        levels = [fma2d.num_levels(grid, cell) for grid, cell in zip(grids, cells, strict=True)]
+        with torch.no_grad():
+            expected = eager(x)
+            for name, runner in runners.items():
+                yield name, height, width, levels, ((runner(x) - expected).abs().max() / expected.abs().max()).item()
+
+
+def timed(what: str, function, *args):
+    """Call, and print how long it took."""
+    print(f"{what} ...", end=" ", flush=True)
+    start = time.monotonic()
+    result = function(*args)
+    print(f"{time.monotonic() - start:.0f} s", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())
