@@ -73,7 +73,7 @@ def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]
     if stored.shape == start.shape:
         return stored, {}
     check_kernels(stored.shape, start.shape)
-    levels, kinds, axes, rank, heads, _, bins = stored.shape
+    levels, kinds, axes, rank, _, _, bins = stored.shape
     new_levels, new_kinds, _, new_rank, new_heads, _, new_bins = start.shape
     notes = {}
 

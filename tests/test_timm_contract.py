@@ -24,7 +24,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import fma2d
 from fma2d import models
-from fma2d.backbone import FMA2DBackbone
+from fma2d.backbone import ATTENTION, FMA2DBackbone
 from fma2d.baselines import DenseAttention
 
 NAMES = [f"fma2d_{size}" for size in ("base", "large", "nano", "small", "tiny")]
@@ -219,9 +219,7 @@ def test_options_that_make_no_sense_are_refused_by_name(options, word):
         timm.create_model("fma2d_nano", **options)
 
 
-@pytest.mark.parametrize(
-    "name", ["cell_size", "rank", "variant", "aggregation", "share_heads", "levels", "backend", "qkv_bias"]
-)
+@pytest.mark.parametrize("name", [*ATTENTION, "levels"])
 def test_settings_of_fma2d_are_refused_beside_another_attention(name):
     values = dict(variant="linear", aggregation="mean", backend="torch", share_heads=False, qkv_bias=True)
     with pytest.raises(ValueError, match=name):
