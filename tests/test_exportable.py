@@ -81,17 +81,20 @@ def small(**options):
     return FMA2DBackbone(**settings, **options).eval()
 
 
-def test_torch_export_with_open_sizes():
+@pytest.fixture(scope="module")
+def standard():
+    """`small()` in standard operations, exported."""
+    with timm.layers.set_exportable(True):
+        return tool().export(small(), 64, min_size=8)
+
+
+def test_torch_export_with_open_sizes(standard):
     """Both formulations: the operator as one opaque node, and in standard operations."""
     plain = small()
     image = torch.randn(2, 3, 40, 50)
     height, width = Dim("height", min=8, max=64), Dim("width", min=8, max=64)
     program = torch.export.export(plain, (image,), dynamic_shapes=({2: height, 3: width},))
     assert any("fma2d.multipole_attention" in str(node.target) for node in program.graph.nodes)
-    with timm.layers.set_exportable(True):
-        model = small()
-    model.load_state_dict(plain.state_dict())
-    standard = tool().export(model, 64, min_size=8)
     assert not [n for n in standard.graph.nodes if n.op == "call_function" and "fma2d" in str(n.target)]
     for size in ((64, 64), (37, 21), (8, 9)):
         x = torch.randn(2, 3, *size)
@@ -100,17 +103,14 @@ def test_torch_export_with_open_sizes():
             assert torch.allclose(standard.module()(x), plain(x), atol=1e-5)
 
 
-def test_onnx_with_open_sizes(tmp_path):
+def test_onnx_with_open_sizes(standard, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     export = tool()
-    with timm.layers.set_exportable(True):
-        model = small()
-    plain = small()
-    export.write_onnx(export.export(model, 64, min_size=8), tmp_path / "model.onnx")
+    export.write_onnx(standard, tmp_path / "model.onnx")
     runner = export.onnx_runner(tmp_path / "model.onnx")
-    found = list(export.compare(plain, {"onnx": runner}, [(64, 48), (21, 37), (8, 16)]))
-    assert [levels for *_, levels, _ in found] == [[2], [2], [0]]
+    found = list(export.compare(small(), {"onnx": runner}, [(64, 48), (21, 29), (8, 16)]))
+    assert [levels for *_, levels, _ in found] == [[2], [1], [0]]
     assert max(difference for *_, difference in found) < 1e-5
 
 

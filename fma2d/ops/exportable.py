@@ -74,9 +74,8 @@ class _Lattice:
 
     def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Windows of places `rows` `[C1, a]` and `columns` `[C2, b]`, zero outside: `[G, C1 * C2, a * b, channels]`."""
-        inside = ((rows >= 0) & (rows < self.height))[:, None, :, None] & ((columns >= 0) & (columns < self.width))[
-            :, None
-        ]
+        inside = ((rows >= 0) & (rows < self.height))[:, None, :, None]
+        inside = inside & ((columns >= 0) & (columns < self.width))[:, None]
         rows, columns = rows.clamp(0, self.height - 1), columns.clamp(0, self.width - 1)
         a, b = self.sides
         cell = (rows // a)[:, None, :, None] * (self.width // b) + (columns // b)[:, None]
@@ -102,9 +101,8 @@ class _Call:
         queries, scores, values = self._near()
         scores, values = [scores], [values]
         for level in range(1, levels + 1):
-            keys, far_values, bias = self._far(
-                level, [c // 2 ** (level - 1) for c in self.base], key_kernels, value_kernels
-            )
+            cells = [c // 2 ** (level - 1) for c in self.base]
+            keys, far_values, bias = self._far(level, cells, key_kernels, value_kernels)
             scores.append(_scores(queries, keys, bias))
             values.append(far_values)
         _, out = _attend(torch.cat(scores, -1), torch.cat(values, 2))
@@ -118,20 +116,16 @@ class _Call:
             keys, values, bias = self._far(level, cells, key_kernels, value_kernels)
             if far is not None:
                 # Sub-cell i lies in sub-cell i // 2 of the next level.
-                own = [
-                    (c[:, None] * p + arange(p, device=self.device)) // 2
-                    for c, p in zip(cells, self.parts, strict=True)
-                ]
+                axes = zip(cells, self.parts, strict=True)
+                own = [(c[:, None] * p + arange(p, device=self.device)) // 2 for c, p in axes]
                 far = [lattice.gather(*own) for lattice in far]
             queries = self._summaries(self.q, query_kernels, level)
             far = _attend(_scores(queries, keys, bias), values, far)
             far = [self._lattice(x, cells, self.parts) for x in far]
         _, scores, values = self._near()
         if far is not None:
-            own = [
-                c[:, None] * p + (2 * self.offset + 1) * p // (2 * self.cell_size)
-                for c, p in zip(self.base, self.parts, strict=True)
-            ]
+            axes, r = zip(self.base, self.parts, strict=True), self.cell_size
+            own = [c[:, None] * p + (2 * self.offset + 1) * p // (2 * r) for c, p in axes]
             far = [lattice.gather(*own) for lattice in far]
         _, out = _attend(scores, values, far)
         return self._by_token(out)
@@ -163,13 +157,8 @@ class _Call:
         places = [c[:, None] * side + arange(side, device=self.device) for c in cells]
         axes = level_kernels(kernels, level, self.cell_size, self.rank, tokens.x[:, None, None])
         rows, columns = (w.shape[-1] for w in axes)
-        x = (
-            tokens.gather(*places)
-            .unflatten(2, (rows, side // rows, columns, side // columns))
-            .sum((3, 5))
-            .flatten(2, 3)
-        )
-        x = x.unflatten(0, (-1, self.heads))
+        x = tokens.gather(*places).unflatten(2, (rows, side // rows, columns, side // columns))
+        x = x.sum((3, 5)).flatten(2, 3).unflatten(0, (-1, self.heads))  # [B, heads, N, bins, channels]
         weights = axes[0][..., :, None] * axes[1][..., None, :] * (rows * columns / side**2)
         weights = weights.flatten(-2).mT[:, :, None]  # [rank, heads | 1, 1, bins, channels | 1]
         scale = None
@@ -178,9 +167,8 @@ class _Call:
             size, bins = w.abs(), w.shape[-1]
             exist = (place < extent).to(w.dtype).unflatten(1, (bins, side // bins)).sum(-1)
             whole, left = size.sum(-1) * (side // bins), (size * exist[:, None, None, None]).sum(-1)
-            ratio = torch.where(
-                left > 0, whole / torch.where(left > 0, left, 1), 0
-            )  # [C, rank, heads | 1, channels | 1]
+            # [C, rank, heads | 1, channels | 1]
+            ratio = torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
             scale = ratio if axis == 0 else scale[:, None] * ratio
         x = torch.stack([(x * w).sum(3) for w in weights], 3) * scale.flatten(0, 1).permute(2, 0, 1, 3)
         return x.flatten(0, 1)
