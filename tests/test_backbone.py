@@ -3,9 +3,11 @@
 import pytest
 import timm
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fma2d
 from fma2d import layers
+from fma2d.backbone import FMA2DBackbone
 from fma2d.baselines import DenseAttention, SpatialReductionAttention, WindowAttention
 
 
@@ -139,3 +141,14 @@ def test_a_training_step_with_checkpointing_gives_the_same_gradients():
     model(x).square().sum().backward()
     for p, grad in zip(model.parameters(), plain, strict=True):
         assert torch.allclose(p.grad, grad, atol=1e-5, rtol=1e-4)
+
+
+def test_compiles_to_one_graph_for_all_sizes():
+    model = FMA2DBackbone(dims=(16, 32), depths=(1, 1), head_dim=16, cell_size=4, num_classes=3).eval()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for size in ((64, 96), (97, 70), (160, 128)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            assert torch.allclose(compiled(x), model(x), atol=1e-5)
+    assert counter.frame_count == 1
