@@ -2,6 +2,7 @@
 
 from . import backbone, models
 from .aggregation import start_kernels
+from .convert import convert_attention
 from .geometry import cover, num_levels
 from .modules import FMA1d, FMA2d
 from .ops import multipole_attention, why_not
@@ -11,6 +12,7 @@ __all__ = [
     "FMA1d",
     "FMA2d",
     "backbone",
+    "convert_attention",
     "cover",
     "models",
     "multipole_attention",
