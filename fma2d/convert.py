@@ -72,7 +72,7 @@ class ViTAttention(FMA2d):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask and is_causal are for dense attention: multipole attention over patches has none")
+            raise ValueError("attn_mask and is_causal are refused: multipole attention over patches has no masks")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).transpose(1, 3).unbind(2)
         out = self.attend(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(-2)
         out = self.norm(out)
@@ -144,13 +144,15 @@ def convert_attention(
         hint = "; convert its .model" if isinstance(getattr(model, "model", None), VisionTransformer) else ""
         raise TypeError(f"model must be a VisionTransformer of timm, got {type(model).__name__}{hint}")
     if not isinstance(model.patch_drop, nn.Identity):
-        raise ValueError("a model with patch_drop_rate drops patches from the grid: create it without")
+        raise ValueError("patch_drop_rate drops patches, and multipole attention needs the whole grid: create without")
     for i, block in enumerate(model.blocks):
         found = getattr(block, "attn", block)
         if type(found) is not Attention:
             raise ValueError(f"blocks.{i} has {type(found).__name__} where timm's Attention is expected")
         if found.attn_drop.p:
-            raise ValueError("a model with attn_drop_rate drops attention weights, which are never held: create it without")
+            raise ValueError(
+                "attn_drop_rate drops entries of the attention matrix, of which there is none: create without"
+            )
     grid = PatchGrid()
     settings = (grid, model.num_prefix_tokens, cell_size, rank, levels, variant, backend)
     layers = [ViTAttention(block.attn, *settings) for block in model.blocks]
