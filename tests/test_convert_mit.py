@@ -172,7 +172,7 @@ def test_the_tool_writes_a_file_that_every_road_loads(tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in (
         "MiT-B0 -> fma2d_nano",
-        "64  block*.*.attn.q + block*.*.attn.kv",
+        "32  block*.*.attn.q + block*.*.attn.kv",
         "attn.sr",
         "kernels",
         "non-commercial",

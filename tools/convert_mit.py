@@ -197,7 +197,7 @@ class Conversion:
     dropped: dict[str, str]
 
     def account(self) -> str:
-        """Every key of the file and of the model: a line for each kind of layer, with the number of the file's tensors."""
+        """Every key of the file and of the model, by kind of layer; numbers are those of the file's tensors."""
         placed = Counter()
         for key, keys in self.sources.items():
             placed[" + ".join(map(_pattern, keys)), _pattern(key)] += len(keys)
