@@ -1,0 +1,132 @@
+"""ViTs with multipole attention beside the originals: cost against resolution, and how far outputs differ.
+
+Weights are random. Costs do not depend on them. Differences do: they are measured with attention scores of a set
+spread; the larger it is, the more a patch attends to few others.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fma2d
+
+from .harness import GateError, Task, Work, text_table
+from .model_benchmark import CLASSES, count_macs, load_photo
+from .records import total_mib
+
+DEFAULT = ["vit_small_patch16_224", "vit_small_patch14_reg4_dinov2"]
+VARIANTS = ("loglinear", "linear")
+
+
+def tasks(
+    models: Sequence[str],
+    sizes: Sequence[int],
+    variants: Sequence[str] = VARIANTS,
+    batch: int = 1,
+    cell_size: int = 8,
+    rank: int = 4,
+    **setting,
+) -> list[Task]:
+    """Inference of each model at each size: the original, then each variant; `setting`: of `Task`."""
+    found = []
+    for size in sorted(sizes):
+        for name in models:
+            subject = dict(benchmark="vit", name=name, mode="inference", height=size, width=size, batch=batch)
+            converted = [dict(variant=v, cell_size=cell_size, rank=rank) for v in variants]
+            for options in ({}, *converted):
+                cost = size**2 if options else size**4
+                found.append(Task(f"{__name__}:build", subject | options, cost, **setting))
+    return found
+
+
+def create(name: str, size: int, **options) -> VisionTransformer:
+    """A ViT with random weights for square images of about `size` pixels a side, converted if there are options."""
+    patch = timm.create_model(name, depth=0).patch_embed.patch_size[0]
+    model = timm.create_model(name, img_size=max(1, round(size / patch)) * patch, num_classes=CLASSES).eval()
+    return fma2d.convert_attention(model, **options) if options else model
+
+
+def build(*, benchmark, name, mode, height, width, batch, device, dtype, **options) -> Work:
+    """The work of a row: logits of a batch, without gradients."""
+    torch.manual_seed(0)
+    like = dict(device=device, dtype=getattr(torch, dtype))
+    model = create(name, height, **options).to(**like)
+    images = torch.randn(batch, 3, *model.patch_embed.img_size, **like)
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        return model(images)
+
+    def check(logits: Tensor) -> None:
+        if logits.shape != (batch, CLASSES) or not logits.isfinite().all():
+            raise GateError(f"logits are not {batch} x {CLASSES} finite numbers")
+
+    def warm_up() -> None:
+        F.conv2d(images[..., :32, :32], torch.zeros(8, 3, 4, 4, **like)).flatten(2) @ torch.zeros(29 * 29, 8, **like)
+
+    def facts() -> dict:
+        tokens = batch * (model.num_prefix_tokens + model.patch_embed.num_patches)
+        parameters = sum(p.numel() for p in model.parameters())
+        return dict(tokens=tokens, params=parameters, macs=count_macs(model, images))
+
+    return Work(step=step, check=check, warm_up=warm_up, facts=facts)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of a run beside the original in the same run, and what was left out."""
+    settings = ("name", "height", "batch", "device", "dtype")
+    dense = {tuple(r[s] for s in settings): r for r in rows if r["status"] == "ok" and not r["variant"]}
+    lines, notes = [], []
+    for row in rows:
+        if row["status"] != "ok":
+            notes.append(f"{row['name']} {row['height']} px {row['variant'] or 'dense'}: {row['status']}")
+            continue
+        peer = dense.get(tuple(row[s] for s in settings))
+        line = [row["name"], row["height"], row["variant"] or "dense", row["tokens"], f"{int(row['macs']) / 1e9:.1f}"]
+        line += [f"{float(row['median_ms']):.0f}", f"{total_mib(row):.0f}" if row["peak_mib"] else "-"]
+        line += [f"{float(row['median_ms']) / float(peer['median_ms']):.2f}" if peer else "-"]
+        line += [f"{total_mib(row) / total_mib(peer):.2f}" if peer and row["peak_mib"] else "-"]
+        lines.append(line)
+    header = ["model", "pixels", "attention", "tokens", "GMACs", "ms", "MiB", "time/dense", "memory/dense"]
+    return "\n".join([text_table(header, lines), *notes])
+
+
+def random_vit(name: str, size: int, spread: float) -> VisionTransformer:
+    """A ViT with random weights whose attention scores have about this standard deviation; a trained one's is 1 to 4.
+
+    Queries and keys of a normalised token have independent channels of variance `spread`, so their scaled products have
+    that standard deviation.
+    """
+    torch.manual_seed(0)
+    model = create(name, size)
+    for block in model.blocks:
+        dim = block.attn.qkv.in_features
+        nn.init.normal_(block.attn.qkv.weight[: 2 * dim].data, std=(spread / dim) ** 0.5)
+    return model
+
+
+def differences(name: str, size: int, spread: float, photo: str, variants: Sequence[str], **options) -> list[dict]:
+    """How far a converted model's last features of a photo are from the original's: a row for each variant.
+
+    The difference of all patches, and of all prefix tokens (nan where there are none), is relative to their norm.
+    """
+    model = random_vit(name, size, spread)
+    image = load_photo(photo, model.patch_embed.img_size[0])
+    grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
+    levels = fma2d.num_levels(grid, options["cell_size"])
+    rows = []
+    with torch.inference_mode():
+        dense = model.forward_features(image)
+        for variant in variants:
+            converted = fma2d.convert_attention(copy.deepcopy(model), variant=variant, **options)
+            change = converted.forward_features(image) - dense
+            shares = [change[:, part].norm() / dense[:, part].norm() for part in (slice(prefix, None), slice(prefix))]
+            row = dict(name=name, pixels=size, grid="x".join(map(str, grid)), levels=levels, spread=spread)
+            row |= dict(variant=variant, **options) | dict(patches=f"{shares[0]:.4f}", prefix=f"{shares[1]:.4f}")
+            rows.append(row)
+    return rows

@@ -1,0 +1,35 @@
+"""The report on converted ViTs."""
+
+import csv
+
+from benchmarks import vit_benchmark
+from tools import vit_report
+
+
+def test_costs_of_the_original_and_the_variants(capsys):
+    tasks = vit_benchmark.tasks(["vit_tiny_patch16_224"], [384], cell_size=3, rank=1)
+    assert [task.subject.get("variant") for task in tasks] == [None, "loglinear", "linear"]
+    rows = []
+    for task in tasks:
+        work = vit_benchmark.build(**task.subject, device="cpu", dtype="float32")
+        work.warm_up()
+        work.check(work.step())
+        measured = dict(median_ms="2.0", base_mib="1.0", peak_mib="1.0", status="ok")
+        rows.append({"variant": "", **task.subject, "device": "cpu", "dtype": "float32"} | measured | work.facts())
+    assert [row["tokens"] for row in rows] == [577] * 3
+    dense, *converted = [row["macs"] for row in rows]
+    # Most of a small ViT is not attention.
+    assert all(0.8 * dense < macs < dense for macs in converted)
+    assert vit_benchmark.table(rows).count("1.00") >= 6
+
+
+def test_differences_grow_with_the_spread_of_scores_and_vanish_without_levels(tmp_path, capsys):
+    out = tmp_path / "difference.csv"
+    options = ["--models", "vit_tiny_patch16_224", "--out", str(out), "--spreads", "0.1", "3"]
+    assert vit_report.main(["difference", *options, "--sizes", "64", "160", "--cell-size", "2"]) == 0
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["pixels"], row["levels"]) for row in rows] == [("64", "0")] * 4 + [("160", "2")] * 4
+    found = [float(row["patches"]) for row in rows]
+    assert max(found[:4]) < 1e-4 < min(found[4:]) and max(found[4:6]) < min(found[6:])
+    assert "prefix" in capsys.readouterr().out

@@ -1,0 +1,119 @@
+"""What fma2d.convert_attention does to a ViT: cost against resolution, and how far outputs are from the original's.
+
+    python tools/vit_report.py cost          # time and memory, a process for each row; results/vit.csv
+    python tools/vit_report.py difference    # relative difference of the last features; results/vit_difference.csv
+
+Weights are random: costs do not depend on them, differences do, and those of trained weights will be others. The photo
+is matplotlib's, 512 x 600 px, enlarged for larger sizes. Costs are worth measuring on a quiet machine only.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from timm import is_model
+from tqdm import tqdm
+
+from benchmarks import vit_benchmark
+from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
+from benchmarks.records import ROOT, Results, command, commit, fma2d_version, version
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--models", nargs="+", default=vit_benchmark.DEFAULT, help=f"timm ViTs ({' '.join(vit_benchmark.DEFAULT)})")
+    add(
+        "--sizes", nargs="+", type=int, default=[224, 512, 1024], help="pixels a side, to the next patch (224 512 1024)"
+    )
+    add("--variants", nargs="+", choices=vit_benchmark.VARIANTS, default=vit_benchmark.VARIANTS, help="(both)")
+    add("--cell-size", type=int, default=8, help="patches per side of a base cell (8)")
+    add("--rank", type=int, default=4, help="summary tokens per coarse cell (4)")
+    add("--threads", type=int, help="on the CPU (torch's choice)")
+    add("--out", type=Path, help="results file (benchmarks/results/vit.csv, vit_difference.csv)")
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_subparsers(dest="report", metavar="REPORT", required=True)
+    cost = which.add_parser("cost", help="time and memory", parents=[common])
+    add = cost.add_argument
+    add("--batch", type=int, default=1, help="batch size (1)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of everything (float32)")
+    add("--time-budget", type=float, default=120, help="seconds for one call; what takes longer is skipped (120)")
+    add("--memory-budget", type=float, help="GiB for a row on the CPU (nine tenths of what is free)")
+    add("--repeat", type=float, default=3, help="seconds to repeat a call; a longer one is made once (3)")
+    add("--fresh", action="store_true", help="measure what the file holds already, too")
+    difference = which.add_parser("difference", help="of the last features", parents=[common])
+    difference.add_argument(
+        "--spreads", nargs="+", type=float, default=[1, 3], help="standard deviations of attention scores (1 3)"
+    )
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.models if not is_model(name)]:
+        parser.error(f"unknown models: {', '.join(unknown)}")
+    if args.report == "cost" and args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    return args
+
+
+def cost(args: argparse.Namespace) -> int:
+    """Measure and print; 1 if a result is wrong."""
+    idle_cpus()  # warns
+    tasks = vit_benchmark.tasks(
+        args.models,
+        args.sizes,
+        args.variants,
+        args.batch,
+        args.cell_size,
+        args.rank,
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+    )
+    results = Results(args.out or ROOT / "benchmarks" / "results" / "vit.csv")
+    try:
+        rows = run(tasks, results, Limits(args.time_budget, args.memory_budget, args.repeat), args.fresh)
+    except GateError as error:
+        print(f"gate failed: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{rows[0]['machine']}, threads: {rows[0]['threads']}, torch {rows[0]['torch']}, {args.dtype}\n")
+    print(vit_benchmark.table(rows))
+    print(f"\nrows in {results.path}")
+    return 0
+
+
+def difference(args: argparse.Namespace) -> int:
+    """Compute, print and write, the file anew."""
+    from matplotlib.cbook import get_sample_data
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    photo = str(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    rows = []
+    cases = [(name, size, spread) for name in args.models for size in args.sizes for spread in args.spreads]
+    for case in tqdm(cases, unit="model", dynamic_ncols=True):
+        rows += vit_benchmark.differences(*case, photo, args.variants, cell_size=args.cell_size, rank=args.rank)
+    origin = {name: version(name) for name in ("torch", "timm")}
+    origin |= dict(fma2d=fma2d_version(), commit=commit(), command=command())
+    path = args.out or ROOT / "benchmarks" / "results" / "vit_difference.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *origin], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | origin for row in rows)
+    print(f"\n{text_table(list(rows[0]), [list(row.values()) for row in rows])}\n\nrows in {path}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make a report; 1 if a result is wrong."""
+    args = parse(argv)
+    return {"cost": cost, "difference": difference}[args.report](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
