@@ -18,8 +18,8 @@ def test_costs_of_the_original_and_the_variants(capsys):
         rows.append({"variant": "", **task.subject, "device": "cpu", "dtype": "float32"} | measured | work.facts())
     assert [row["tokens"] for row in rows] == [577] * 3
     dense, *converted = [row["macs"] for row in rows]
-    # Most of a small ViT is not attention.
-    assert all(0.8 * dense < macs < dense for macs in converted)
+    # A third of this ViT is attention.
+    assert all(0.65 * dense < macs < 0.8 * dense for macs in converted)
     assert vit_benchmark.table(rows).count("1.00") >= 6
 
 
