@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import timm
 import torch
+from timm.layers import LayerScale
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,13 +103,16 @@ def random_vit(name: str, size: int, spread: float) -> VisionTransformer:
     """A ViT with random weights whose attention scores have about this standard deviation; a trained one's is 1 to 4.
 
     Queries and keys of a normalised token have independent channels of variance `spread`, so their scaled products have
-    that standard deviation.
+    that standard deviation. LayerScale, which starts near zero and would hide every difference, is set to one.
     """
     torch.manual_seed(0)
     model = create(name, size)
     for block in model.blocks:
         dim = block.attn.qkv.in_features
         nn.init.normal_(block.attn.qkv.weight[: 2 * dim].data, std=(spread / dim) ** 0.5)
+        for module in block.modules():
+            if isinstance(module, LayerScale):
+                nn.init.ones_(module.gamma)
     return model
 
 

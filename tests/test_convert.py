@@ -223,6 +223,7 @@ def test_weights_keep_their_names_and_kernels_load_by_the_usual_rule(caplog):
     original = vit(img_size=160)
     model = fma2d.convert_attention(vit(img_size=160), 2)
     assert model.state_dict().keys() == original.state_dict().keys()
+    assert not any(module.training for module in model.modules())
     model.load_state_dict(original.state_dict())
     learned = fma2d.convert_attention(vit(img_size=160), 2, levels=2)
     kernels = {f"blocks.{i}.attn.kernels" for i in range(2)}
