@@ -2,6 +2,8 @@
 
 import csv
 
+import pytest
+
 from benchmarks import vit_benchmark
 from tools import vit_report
 
@@ -33,3 +35,22 @@ def test_differences_grow_with_the_spread_of_scores_and_vanish_without_levels(tm
     found = [float(row["patches"]) for row in rows]
     assert max(found[:4]) < 1e-4 < min(found[4:]) and max(found[4:6]) < min(found[6:])
     assert "prefix" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_compared_too(tmp_path):
+    out = tmp_path / "trained.csv"
+    assert (
+        vit_report.main(["trained", "--out", str(out), "--epochs", "1", "--sizes", "32", "64", "--cell-size", "2"]) == 0
+    )
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["pixels"], row["grid"], row["levels"], row["variant"]) for row in rows] == [
+        ("32", "8x8", "1", "loglinear"),
+        ("32", "8x8", "1", "linear"),
+        ("64", "16x16", "2", "loglinear"),
+        ("64", "16x16", "2", "linear"),
+    ]
+    # With four summary tokens a level-1 cell of 2 x 2 patches is nothing but its patches.
+    assert all(float(row["patches"]) < 1e-4 and float(row["same"]) > 0.99 for row in rows[:2])
+    assert all(float(row["patches"]) > 1e-4 for row in rows[2:])

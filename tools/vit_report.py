@@ -2,14 +2,18 @@
 
     python tools/vit_report.py cost          # time and memory, a process for each row; results/vit.csv
     python tools/vit_report.py difference    # relative difference of the last features; results/vit_difference.csv
+    python tools/vit_report.py trained       # the same of a tiny ViT, trained first; results/vit_trained.csv
 
-Weights are random: costs do not depend on them, differences do, and those of trained weights will be others. The photo
-is matplotlib's, 512 x 600 px, enlarged for larger sizes. Costs are worth measuring on a quiet machine only.
+Weights are random in the first two: costs do not depend on them, differences do. The photo is matplotlib's, 512 x 600
+px, enlarged for larger sizes. The third takes some minutes: it trains on scikit-learn's digits, which are 8 x 8 px
+whatever size they are brought to, so it says what averaging does to trained attention, nothing about real images. Costs
+are worth measuring on a quiet machine only.
 """
 
 import argparse
 import csv
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,20 +31,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
+    add("--variants", nargs="+", choices=vit_benchmark.VARIANTS, default=vit_benchmark.VARIANTS, help="(both)")
+    add("--rank", type=int, default=4, help="summary tokens per coarse cell (4)")
+    add("--threads", type=int, help="on the CPU (torch's choice)")
+    add("--out", type=Path, help="results file (the one in benchmarks/results)")
+    large = argparse.ArgumentParser(add_help=False)
+    add = large.add_argument
     add("--models", nargs="+", default=vit_benchmark.DEFAULT, help=f"timm ViTs ({' '.join(vit_benchmark.DEFAULT)})")
     add(
         "--sizes", nargs="+", type=int, default=[224, 512, 1024], help="pixels a side, to the next patch (224 512 1024)"
     )
-    add("--variants", nargs="+", choices=vit_benchmark.VARIANTS, default=vit_benchmark.VARIANTS, help="(both)")
     add("--cell-size", type=int, default=8, help="patches per side of a base cell (8)")
-    add("--rank", type=int, default=4, help="summary tokens per coarse cell (4)")
-    add("--threads", type=int, help="on the CPU (torch's choice)")
-    add("--out", type=Path, help="results file (benchmarks/results/vit.csv, vit_difference.csv)")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_subparsers(dest="report", metavar="REPORT", required=True)
-    cost = which.add_parser("cost", help="time and memory", parents=[common])
-    add = cost.add_argument
+    add = which.add_parser("cost", help="time and memory", parents=[common, large]).add_argument
     add("--batch", type=int, default=1, help="batch size (1)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of everything (float32)")
@@ -48,12 +53,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--memory-budget", type=float, help="GiB for a row on the CPU (nine tenths of what is free)")
     add("--repeat", type=float, default=3, help="seconds to repeat a call; a longer one is made once (3)")
     add("--fresh", action="store_true", help="measure what the file holds already, too")
-    difference = which.add_parser("difference", help="of the last features", parents=[common])
-    difference.add_argument(
-        "--spreads", nargs="+", type=float, default=[1, 3], help="standard deviations of attention scores (1 3)"
-    )
+    add = which.add_parser("difference", help="of the last features", parents=[common, large]).add_argument
+    add("--spreads", nargs="+", type=float, default=[1, 3], help="standard deviations of attention scores (1 3)")
+    add = which.add_parser("trained", help="difference of a tiny trained ViT", parents=[common]).add_argument
+    add("--sizes", nargs="+", type=int, default=[32, 64], help="pixels a side of the test images (32 64)")
+    add("--cell-size", type=int, default=2, help="patches per side of a base cell (2)")
+    add("--epochs", type=int, default=40, help="of the training (40)")
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.models if not is_model(name)]:
+    if unknown := [name for name in getattr(args, "models", []) if not is_model(name)]:
         parser.error(f"unknown models: {', '.join(unknown)}")
     if args.report == "cost" and args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
@@ -88,18 +95,21 @@ def cost(args: argparse.Namespace) -> int:
 
 def difference(args: argparse.Namespace) -> int:
     """Compute, print and write, the file anew."""
-    from matplotlib.cbook import get_sample_data
-
     if args.threads:
         torch.set_num_threads(args.threads)
-    photo = str(get_sample_data("grace_hopper.jpg", asfileobj=False))
-    rows = []
-    cases = [(name, size, spread) for name in args.models for size in args.sizes for spread in args.spreads]
-    for case in tqdm(cases, unit="model", dynamic_ncols=True):
-        rows += vit_benchmark.differences(*case, photo, args.variants, cell_size=args.cell_size, rank=args.rank)
+    options = dict(variants=args.variants, cell_size=args.cell_size, rank=args.rank)
+    if args.report == "trained":
+        rows = vit_benchmark.trained_differences(args.sizes, args.epochs, **options)
+    else:
+        from matplotlib.cbook import get_sample_data
+
+        photo = str(get_sample_data("grace_hopper.jpg", asfileobj=False))
+        cases = list(product(args.models, args.sizes, args.spreads))
+        bar = tqdm(cases, unit="model", dynamic_ncols=True)
+        rows = [row for case in bar for row in vit_benchmark.random_differences(*case, photo, **options)]
     origin = {name: version(name) for name in ("torch", "timm")}
     origin |= dict(fma2d=fma2d_version(), commit=commit(), command=command())
-    path = args.out or ROOT / "benchmarks" / "results" / "vit_difference.csv"
+    path = args.out or ROOT / "benchmarks" / "results" / f"vit_{args.report}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *origin], lineterminator="\n")
@@ -112,7 +122,7 @@ def difference(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Make a report; 1 if a result is wrong."""
     args = parse(argv)
-    return {"cost": cost, "difference": difference}[args.report](args)
+    return cost(args) if args.report == "cost" else difference(args)
 
 
 if __name__ == "__main__":
