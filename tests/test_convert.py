@@ -91,6 +91,9 @@ def test_without_coarse_levels_nothing_changes(name, options, prefix, fused):
         patch = 14 if "patch14" in name else 16
         original = vit(name, img_size=(7 * patch, 10 * patch), **options)
         assert original.num_prefix_tokens == prefix
+        if "qk_norm" in options:
+            for block in original.blocks:
+                block.attn.gate = nn.Linear(48, 48).double()
         model = fma2d.convert_attention(copy.deepcopy(original), cell_size=5)
         x = image(7 * patch, 10 * patch)
         results = []
