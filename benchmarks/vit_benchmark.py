@@ -13,7 +13,6 @@ from timm.layers import LayerScale
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
 import fma2d
@@ -75,8 +74,7 @@ def build(*, benchmark, name, mode, height, width, batch, device, dtype, **optio
     def facts() -> dict:
         tokens = batch * (model.num_prefix_tokens + model.patch_embed.num_patches)
         parameters = sum(p.numel() for p in model.parameters())
-        with sdpa_kernel(SDPBackend.MATH):  # torch does not count those of its fused kernel for CPUs
-            return dict(tokens=tokens, params=parameters, macs=count_macs(model, images))
+        return dict(tokens=tokens, params=parameters, macs=count_macs(model, images))
 
     return Work(step=step, check=check, warm_up=warm_up, facts=facts)
 
