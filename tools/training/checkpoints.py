@@ -1,0 +1,126 @@
+"""Files of a run: weights for use, and the state from which it goes on; each is written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from . import InputError
+
+STATE_FORMAT = 1
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Have `write(temporary path)` write a file, and put it in its place only when it is on disk.
+
+    Raises:
+        InputError: where it cannot be written; what was at `path` is as before.
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
+        raise InputError(f"cannot write {path}, what was there is kept: {' '.join(str(error).split())}") from None
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def save_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict) -> None:
+    """Weights as safetensors; metadata values that are not strings are stored as JSON."""
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **text}))
+
+
+def read_metadata(path: Path) -> dict:
+    """The metadata of a safetensors file, JSON decoded; {} for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    return {key: _decoded(value) for key, value in metadata.items()}
+
+
+def _decoded(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def load_weights(model: nn.Module, path: Path, name: str, new_head: bool = False) -> None:
+    """Load a checkpoint, of any kind that timm reads, and print a line about it.
+
+    Aggregation kernels fit by themselves (`fma2d.checkpoint`); all else must be there in the model's shape, the
+    classifier excepted if it is to stay new.
+
+    Raises:
+        InputError: that names what does not fit; the model is then as it was.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    metadata = read_metadata(path)
+    architecture = metadata.get("architecture", name)
+    if architecture != name:
+        raise InputError(f"{path} holds {architecture}, not {name}")
+    try:
+        stored = load_state_dict(str(path))
+    except Exception as error:  # whatever unpickling a foreign file raises
+        raise InputError(f"{path} is not a checkpoint: {' '.join(str(error).split())}") from None
+    own = model.state_dict()
+    classifier = model.pretrained_cfg["classifier"]
+    head = {key for key in own if key.startswith(f"{classifier}.")}
+    if new_head:
+        stored = {key: value for key, value in stored.items() if key not in head} | {key: own[key] for key in head}
+    rest = [key for key in own if not key.endswith(".kernels")]
+    problems = dict(
+        missing=[key for key in rest if key not in stored],
+        unexpected=[key for key in stored if key not in own and not key.endswith(".kernels")],
+        misshapen=[key for key in rest if key in stored and stored[key].shape != own[key].shape],
+    )
+    if problems["misshapen"] and head.issuperset(problems["misshapen"]):
+        raise InputError(
+            f"{path} has {len(stored[f'{classifier}.weight'])} classes, not {model.num_classes}; "
+            "init_head: new starts a new classifier"
+        )
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {kind}, e.g. {keys[0]}" for kind, keys in problems.items() if keys)
+        raise InputError(f"{path} does not fit {name}: {found}")
+    try:
+        model.load_state_dict(stored)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
+    print(f"weights of {path}: {len(rest) - len(head) * new_head} matched" + ", a new classifier" * new_head)
+
+
+def save_state(path: Path, state: dict) -> None:
+    """All that a run needs to go on, as one file that loads under `weights_only=True`."""
+    write_whole(path, lambda temporary: torch.save({"format": STATE_FORMAT, **state}, temporary))
+
+
+def load_state(path: Path) -> dict:
+    """What `save_state` wrote, on the CPU."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a foreign file raises
+        raise InputError(f"cannot read the training state {path}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise InputError(f"{path} is not a training state of this version")
+    return state

@@ -1,0 +1,88 @@
+"""What a run tells: lines on the terminal, a CSV file, TensorBoard."""
+
+import csv
+import io
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from . import InputError
+from .checkpoints import write_whole
+
+COLUMNS = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "val_loss", "top1", "top5")
+
+
+class EpochLog:
+    """`log.csv`, a row an epoch, and the same in TensorBoard.
+
+    Args:
+        folder: of the run.
+        epochs: of these many epochs the rows are kept; a resumed run writes the later ones anew.
+        tensorboard: write event files too.
+    """
+
+    def __init__(self, folder: Path, epochs: int, tensorboard: bool):
+        self.path = folder / "log.csv"
+        self.rows = []
+        if epochs and self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= epochs]
+        self.writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from None
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epochs + 1)
+
+    def append(self, row: dict) -> None:
+        """Keep a row, on disk at once; keys of `COLUMNS`, what is missing stays empty."""
+        self.rows.append(row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.path, lambda temporary: Path(temporary).write_text(text.getvalue()))
+        if self.writer:
+            for name in COLUMNS[1:]:
+                if name in row:
+                    self.writer.add_scalar(name, float(row[name]), row["epoch"])
+            self.writer.flush()
+
+
+class Progress:
+    """A line now and then: where the epoch is, loss, images per second, time left for the whole run.
+
+    Args:
+        epoch, epochs: the one that begins, from 1, and how many there are.
+        updates: of an epoch.
+        batch_size: images an update.
+        every: seconds between lines.
+    """
+
+    def __init__(self, epoch: int, epochs: int, updates: int, batch_size: int, every: float, quiet: bool):
+        self.epoch, self.epochs, self.updates, self.batch_size = epoch, epochs, updates, batch_size
+        self.every, self.quiet = every, quiet
+        self.start = self.last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def __call__(self, update: int, loss, lr: float) -> None:
+        now = time.monotonic()
+        if self.quiet or now - self.last < self.every or update == self.updates:
+            return
+        self.last = now
+        pace = (now - self.start) / update
+        left = pace * (self.updates * (self.epochs - self.epoch + 1) - update)
+        print(
+            f"epoch {self.epoch}/{self.epochs}  update {update}/{self.updates}  loss {loss():.4f}  lr {lr:.2e}  "
+            f"{self.batch_size / pace:.0f} images/s  left {duration(left)}",
+            flush=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """As h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
