@@ -23,7 +23,7 @@ from timm.utils import init_distributed_device
 
 from fma2d import __version__
 from tools.training import InputError
-from tools.training.checkpoints import load_state, save_state, save_weights, write_whole
+from tools.training.checkpoints import load_state, remove_unfinished, save_state, save_weights, write_whole
 from tools.training.data import (
     EvalBatches,
     ImageFolder,
@@ -47,7 +47,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="%(prog)s RECIPE.yaml --data-dir ROOT [options] [--key value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, metavar="ROOT", help="the images")
@@ -56,17 +59,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--check-data", action="store_true", help="read every image once, name those that are broken, and stop")
     add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
     add("--workers", type=int, default=4, metavar="N", help="processes that read images, for each GPU; 0: none (4)")
-    add("--grad-accum", type=int, default=1, metavar="N", help="steps that share an update's images, to save memory (1)")
+    add("--grad-accum", type=int, default=1, metavar="N", help="steps to an update, to save memory (1)")
     add("--grad-checkpointing", action="store_true", help="compute activations twice, to save memory")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--deterministic", action="store_true", help="on a GPU too: the same weights from the same command, slower")
     add("--no-tensorboard", action="store_true", help="write log.csv only")
     add("--progress", type=float, default=10, metavar="SECONDS", help="between lines of progress (10)")
     add_recipe_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args([dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
     if args.workers < 0 or args.grad_accum < 1:
         parser.error("--workers must be at least 0 and --grad-accum at least 1")
     return args
+
+
+def dashes(word: str) -> str:
+    """An option as the parser knows it: keys may be written as in the recipe, with underscores."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the output folder {folder}: {error.strerror}") from None
+        remove_unfinished(folder)
         log = EpochLog(folder, training.epoch, not args.no_tensorboard)
         write_whole(folder / "recipe.yaml", lambda temporary: Path(temporary).write_text(to_yaml(recipe)))
     describe(say, recipe, model, samples, val_samples, processes, folder)

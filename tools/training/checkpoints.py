@@ -1,5 +1,6 @@
 """Files of a run: weights for use, and the state from which it goes on; each is written whole or not at all."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from . import InputError
 
 STATE_FORMAT = 1
+UNFINISHED = ".unfinished"
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
@@ -25,7 +27,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
     """
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
         os.close(descriptor)
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -37,6 +39,17 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a run killed while writing has left."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink()
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict) -> None:
@@ -98,7 +111,7 @@ def load_weights(model: nn.Module, path: Path, name: str, new_head: bool = False
     if problems["misshapen"] and head.issuperset(problems["misshapen"]):
         raise InputError(
             f"{path} has {len(stored[f'{classifier}.weight'])} classes, not {model.num_classes}; "
-            "init_head: new starts a new classifier"
+            "a training starts a new classifier with init_head: new"
         )
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {kind}, e.g. {keys[0]}" for kind, keys in problems.items() if keys)

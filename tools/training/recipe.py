@@ -5,81 +5,80 @@ share the work and what is printed are options of the program.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
 from . import InputError
 
 
-def _setting(default, text: str):
-    factory = isinstance(default, dict | list)
-    value = dict(default_factory=lambda: type(default)(default)) if factory else dict(default=default)
-    return dataclasses.field(**value, metadata=dict(help=text))
-
-
 @dataclass(frozen=True)
 class Recipe:
     """The hyper-parameters of a training; names and meanings are timm's where timm has them."""
 
-    model: str = _setting("fma2d_nano", "timm name of the model")
-    attention: str = _setting("fma", "attention of fma2d_* models: fma, or for comparison dense or mit (MiT's own)")
-    model_kwargs: dict = _setting({}, "further arguments of the model, e.g. {cell_size: 2}")
-    num_classes: int | None = _setting(None, "classes; the data must have as many (null: as many as they have)")
-    img_size: int = _setting(224, "pixels a side; for fma2d_* models also sets for which size kernels are learned")
-    in_chans: int = _setting(3, "channels: 3 (RGB) or 1 (grey)")
-    init_from: str | None = _setting(None, "checkpoint whose weights the training starts from")
-    init_head: str = _setting("keep", "its classifier: keep, or new where the classes are others")
-    seed: int = _setting(0, "seed of all that is random")
+    model: Annotated[str, "timm name of the model"] = "fma2d_nano"
+    attention: Annotated[str, "attention of fma2d_* models: fma, or for comparison dense or mit (MiT's own)"] = "fma"
+    model_kwargs: Annotated[dict, "further arguments of the model, e.g. {cell_size: 2}"] = field(default_factory=dict)
+    num_classes: Annotated[int | None, "classes; the data must have as many (null: as many as they have)"] = None
+    img_size: Annotated[int, "pixels a side; for fma2d_* models also sets for which size kernels are learned"] = 224
+    in_chans: Annotated[int, "channels: 3 (RGB) or 1 (grey)"] = 3
+    init_from: Annotated[str | None, "checkpoint whose weights the training starts from"] = None
+    init_head: Annotated[str, "its classifier: keep, or new where the classes are others"] = "keep"
+    seed: Annotated[int, "seed of all that is random"] = 0
 
-    epochs: int = _setting(300, "epochs in all")
-    batch_size: int = _setting(1024, "images an update, over all processes and accumulation steps")
-    opt: str = _setting("adamw", "timm's name of the optimizer")
-    opt_kwargs: dict = _setting({}, "further arguments of the optimizer, e.g. {betas: [0.9, 0.95]}")
-    lr: float = _setting(1e-3, "learning rate at this batch size; it is not scaled")
-    weight_decay: float = _setting(0.05, "weight decay; none on biases, norms and aggregation kernels")
-    layer_decay: float | None = _setting(None, "factor of the learning rate from a layer to the one below it")
-    sched: str = _setting("cosine", "timm's name of the schedule, stepped every update")
-    min_lr: float = _setting(1e-6, "learning rate at the end")
-    warmup_lr: float = _setting(1e-6, "learning rate at the start of the warm-up")
-    warmup_epochs: float = _setting(0, "epochs of warm-up, part of all epochs")
-    clip_grad: float | None = _setting(None, "clip gradients at this value")
-    clip_mode: str = _setting("norm", "how gradients are clipped: norm, value or agc")
-    amp: str | None = _setting(None, "mixed precision: bf16 or fp16 (null: float32)")
-    ema_decay: float | None = _setting(None, "decay of a moving average of the weights, which then is what counts")
-    eval_every: int = _setting(1, "epochs from one validation to the next; the last one is always followed by one "
-                                  "(0: no validation, no data for it needed)")  # fmt: skip
+    epochs: Annotated[int, "epochs in all"] = 300
+    batch_size: Annotated[int, "images an update, over all processes and accumulation steps"] = 1024
+    opt: Annotated[str, "timm's name of the optimizer"] = "adamw"
+    opt_kwargs: Annotated[dict, "further arguments of the optimizer, e.g. {betas: [0.9, 0.95]}"] = field(
+        default_factory=dict
+    )
+    lr: Annotated[float, "learning rate at this batch size; it is not scaled"] = 1e-3
+    weight_decay: Annotated[float, "weight decay; none on biases, norms and aggregation kernels"] = 0.05
+    layer_decay: Annotated[float | None, "factor of the learning rate from a layer to the one below it"] = None
+    sched: Annotated[str, "timm's name of the schedule, stepped every update"] = "cosine"
+    min_lr: Annotated[float, "learning rate at the end"] = 1e-6
+    warmup_lr: Annotated[float, "learning rate at the start of the warm-up"] = 1e-6
+    warmup_epochs: Annotated[float, "epochs of warm-up, part of all epochs"] = 0
+    clip_grad: Annotated[float | None, "clip gradients at this value"] = None
+    clip_mode: Annotated[str, "how gradients are clipped: norm, value or agc"] = "norm"
+    amp: Annotated[str | None, "mixed precision: bf16 or fp16 (null: float32)"] = None
+    ema_decay: Annotated[float | None, "decay of a moving average of the weights, which then is what counts"] = None
+    eval_every: Annotated[
+        int, "epochs from one validation to the next, and one at the end (0: never, without data)"
+    ] = 1
 
-    drop_rate: float = _setting(0.0, "dropout before the classifier")
-    drop_path_rate: float = _setting(0.0, "stochastic depth of the last block")
-    smoothing: float = _setting(0.1, "label smoothing")
-    mixup: float = _setting(0.0, "mixup alpha (0: none)")
-    cutmix: float = _setting(0.0, "cutmix alpha (0: none)")
-    mixup_prob: float = _setting(1.0, "probability of mixup or cutmix")
-    mixup_switch_prob: float = _setting(0.5, "probability of cutmix where both may be")
-    mixup_mode: str = _setting("batch", "mix by batch, pair or elem")
-    scale: list = _setting([0.08, 1.0], "area of a random crop, as shares of the image")
-    ratio: list = _setting([0.75, 1.3333], "width over height of a random crop")
-    hflip: float = _setting(0.5, "probability of a horizontal flip")
-    vflip: float = _setting(0.0, "probability of a vertical flip")
-    color_jitter: float | None = _setting(0.4, "strength of colour jitter (only without auto_augment)")
-    auto_augment: str | None = _setting(None, "timm's policy, e.g. rand-m9-mstd0.5-inc1")
-    train_interpolation: str = _setting("random", "of training crops: random, bilinear or bicubic")
-    reprob: float = _setting(0.0, "probability of random erasing")
-    remode: str = _setting("pixel", "what is put there: const, rand or pixel")
-    recount: int = _setting(1, "number of erased places")
-    mean: list | None = _setting(None, "of the channels, 0 to 1 (null: the model's own)")
-    std: list | None = _setting(None, "of the channels (null: the model's own)")
-    interpolation: str | None = _setting(None, "in validation (null: the model's own)")
-    crop_pct: float | None = _setting(None, "share of the image that validation sees (null: the model's own)")
+    drop_rate: Annotated[float, "dropout before the classifier"] = 0.0
+    drop_path_rate: Annotated[float, "stochastic depth of the last block"] = 0.0
+    smoothing: Annotated[float, "label smoothing"] = 0.1
+    mixup: Annotated[float, "mixup alpha (0: none)"] = 0.0
+    cutmix: Annotated[float, "cutmix alpha (0: none)"] = 0.0
+    mixup_prob: Annotated[float, "probability of mixup or cutmix"] = 1.0
+    mixup_switch_prob: Annotated[float, "probability of cutmix where both may be"] = 0.5
+    mixup_mode: Annotated[str, "mix by batch, pair or elem"] = "batch"
+    scale: Annotated[list, "area of a random crop, as shares of the image"] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: Annotated[list, "width over height of a random crop"] = field(default_factory=lambda: [0.75, 1.3333])
+    hflip: Annotated[float, "probability of a horizontal flip"] = 0.5
+    vflip: Annotated[float, "probability of a vertical flip"] = 0.0
+    color_jitter: Annotated[float | None, "strength of colour jitter (only without auto_augment)"] = 0.4
+    auto_augment: Annotated[str | None, "timm's policy, e.g. rand-m9-mstd0.5-inc1"] = None
+    train_interpolation: Annotated[str, "of training crops: random, bilinear or bicubic"] = "random"
+    reprob: Annotated[float, "probability of random erasing"] = 0.0
+    remode: Annotated[str, "what is put there: const, rand or pixel"] = "pixel"
+    recount: Annotated[int, "number of erased places"] = 1
+    mean: Annotated[list | None, "of the channels, 0 to 1 (null: the model's own)"] = None
+    std: Annotated[list | None, "of the channels (null: the model's own)"] = None
+    interpolation: Annotated[str | None, "in validation (null: the model's own)"] = None
+    crop_pct: Annotated[float | None, "share of the image that validation sees (null: the model's own)"] = None
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 TYPES = typing.get_type_hints(Recipe)
+HELP = {name: hint.__metadata__[0] for name, hint in typing.get_type_hints(Recipe, include_extras=True).items()}
 CHOICES = dict(
     attention=("fma", "dense", "mit"),
     init_head=("keep", "new"),
@@ -97,23 +96,26 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The file, and an option for each of its keys."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="e.g. configs/digits/fma2d_nano.yaml")
     group = parser.add_argument_group("hyper-parameters (they override the recipe; values as in YAML)")
-    for name, field in FIELDS.items():
-        value = getattr(Recipe(), name)
+    for name, value in dataclasses.asdict(Recipe()).items():
         shown = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-        text = f"{field.metadata['help']} ({shown})".replace("%", "%%")
-        names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-        group.add_argument(*names, dest=f"set_{name}", metavar="X", default=argparse.SUPPRESS, help=text)
+        text = f"{HELP[name]} ({shown})".replace("%", "%%")
+        group.add_argument(option(name), dest=f"set_{name}", metavar="X", default=argparse.SUPPRESS, help=text)
+
+
+def option(name: str) -> str:
+    """The option for a key."""
+    return "--" + name.replace("_", "-")
 
 
 def recipe_from_arguments(args: argparse.Namespace) -> Recipe:
     """The recipe of the file with the overrides."""
     values = read_values(args.recipe)
-    for name in FIELDS:
+    for name in TYPES:
         if (text := getattr(args, f"set_{name}", None)) is not None:
             try:
                 values[name] = yaml.safe_load(text)
             except yaml.YAMLError:
-                raise InputError(f"--{name.replace('_', '-')}: {text!r} is not YAML") from None
+                raise InputError(f"{option(name)}: {text!r} is not YAML") from None
     return make_recipe(values, str(args.recipe))
 
 
@@ -130,8 +132,8 @@ def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping of keys to values")
-    if unknown := [str(key) for key in values if key not in FIELDS and key != "base"]:
-        raise InputError(f"{path}: unknown key {', '.join(unknown)}; the keys are {', '.join(['base', *FIELDS])}")
+    if unknown := [str(key) for key in values if key not in TYPES and key != "base"]:
+        raise InputError(f"{path}: unknown key {', '.join(unknown)}; the keys are {', '.join(['base', *TYPES])}")
     base = values.pop("base", None)
     return (read_values(path.parent / base, (*above, path.resolve())) if base else {}) | values
 
@@ -153,10 +155,8 @@ def make_recipe(values: dict, where: str) -> Recipe:
 def _checked(name: str, value, where: str):
     kinds = typing.get_args(TYPES[name]) if isinstance(TYPES[name], types.UnionType) else (TYPES[name],)
     if float in kinds and isinstance(value, str):  # YAML takes 1e-3 for a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

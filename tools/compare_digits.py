@@ -1,0 +1,121 @@
+"""Trains the recipes of configs/digits with several seeds and records the accuracy after the last epoch.
+
+Each run is a process of tools/train_classifier.py; its row is appended to the results file when it ends, and runs that
+the file holds are not made again. The figure is that of the last epoch, not of the best one, which would choose by the
+images that it is measured on.
+"""
+
+import argparse
+import csv
+import dataclasses
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness import text_table
+from benchmarks.records import ROOT, commit, default_threads, machine, version
+from tools.training.model import recipe_model
+from tools.training.recipe import make_recipe, read_values
+
+RESULT = ("top1", "val_loss", "train_seconds", "images_per_second")
+COLUMNS = (
+    *("recipe", "attention", "params", "epochs", "images", "seed", *RESULT),
+    *("machine", "threads", "torch", "timm", "timestamp", "commit", "command"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, print the table; 1 if a run fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--recipes", nargs="+", default=["fma2d_nano", "mit_b0", "dense"], help="of configs/digits (all)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    add("--data-dir", type=Path, default=ROOT / "data" / "digits", help="see tools/make_digits.py (data/digits)")
+    add("--output", type=Path, default=ROOT / "out" / "digits", help="folder for the runs' folders (out/digits)")
+    add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "digits.csv", help="file to append to")
+    args = parser.parse_args(argv)
+    rows = read_rows(args.results)
+    done = {(row["recipe"], int(row["seed"])) for row in rows}
+    for seed in args.seeds:
+        for name in args.recipes:
+            if (name, seed) not in done:
+                row = train(name, seed, args.data_dir, args.output / f"{name}-{seed}")
+                if row is None:
+                    return 1
+                rows.append(row)
+                append(args.results, row)
+    print(table(rows))
+    return 0
+
+
+def train(name: str, seed: int, data_dir: Path, output: Path) -> dict | None:
+    """One run, gone on with if it was interrupted; None if it fails."""
+    words = ["tools/train_classifier.py", f"configs/digits/{name}.yaml", "--seed", str(seed), "--workers", "0"]
+    places = ["--data-dir", str(data_dir), "--output", str(output), "--resume"]
+    print(f"\n{name}, seed {seed}", flush=True)
+    if subprocess.run([sys.executable, *words, *places], cwd=ROOT).returncode:
+        return None
+    with (output / "log.csv").open(newline="") as file:
+        log = list(csv.DictReader(file))
+    recipe = make_recipe(read_values(ROOT / "configs" / "digits" / f"{name}.yaml"), name)
+    seconds = sum(float(row["seconds"]) for row in log)
+    model = recipe_model(dataclasses.replace(recipe, seed=seed), recipe.num_classes)
+    row = dict(
+        recipe=name,
+        attention=recipe.attention,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        epochs=len(log),
+        images=sum(1 for _ in data_dir.glob("train/*/*")),
+        seed=seed,
+        top1=f"{float(log[-1]['top1']):.2f}",
+        val_loss=f"{float(log[-1]['val_loss']):.4f}",
+        train_seconds=f"{seconds:.0f}",
+        images_per_second=f"{mean(float(row['images_per_second']) for row in log):.0f}",
+        machine=machine("cpu"),
+        threads=default_threads(),
+        torch=version("torch"),
+        timm=version("timm"),
+        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=commit(),
+        command=" ".join(words),
+    )
+    return {key: str(value) for key, value in row.items()}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of the results file, every column a string."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict) -> None:
+    """Keep a row, on disk at once."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each recipe: each seed's top-1, their mean, and the mean time of a run."""
+    header = ["recipe", "attention", "parameters", "top-1 of each seed", "mean", "seconds a run"]
+    lines = []
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == name]
+        scores = [float(row["top1"]) for row in own]
+        line = [name, own[0]["attention"], f"{int(own[0]['params']) / 1e6:.2f} M", " ".join(row["top1"] for row in own)]
+        lines.append([*line, f"{mean(scores):.2f}", f"{mean(float(row['train_seconds']) for row in own):.0f}"])
+    return text_table(header, lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Top-1 and top-5 accuracy and speed of a classifier on images in ROOT/SPLIT/CLASS/IMAGE.
+
+    python tools/validate.py out/train/fma2d_nano/best.safetensors --data-dir data/digits
+    python tools/validate.py fma2d_nano.digits --data-dir data/digits
+    python tools/validate.py weights.pth --model fma2d_base --data-dir data/imagenet
+
+Weights are a file of tools/train_classifier.py, which says what model it is for; another checkpoint, with --model; or
+the timm name of a pretrained model. --publish writes the weights, in the precision that was measured, as one
+safetensors file with the metrics in its metadata.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import timm
+import torch
+import yaml
+from timm.data import resolve_data_config
+from torch import nn
+
+from tools.training import InputError
+from tools.training.checkpoints import load_weights, read_metadata, save_weights, sha256
+from tools.training.data import EvalBatches, ImageFolder, eval_transform, find_split, list_images, make_loader
+from tools.training.engine import Processes, evaluate
+from tools.training.model import build_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("weights", help="checkpoint file, or timm name of a pretrained model")
+    add("--data-dir", type=Path, required=True, metavar="ROOT", help="the images")
+    add("--split", default="val", help="folder below ROOT (val)")
+    add("--model", metavar="NAME", help="timm name, for a checkpoint that does not say its own")
+    add("--model-kwargs", default="{}", metavar="X", help="its arguments as YAML, e.g. '{cell_size: 2}' ({})")
+    add("--img-size", type=int, metavar="N", help="pixels a side (what the weights were made for)")
+    add("--crop-pct", type=float, metavar="X", help="share of the image that is seen (the same)")
+    add("--batch-size", type=int, default=64, metavar="N", help="(64)")
+    add("--workers", type=int, default=4, metavar="N", help="processes that read images; 0: none (4)")
+    add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
+    add("--amp", choices=("bf16", "fp16"), help="mixed precision (float32)")
+    add("--store", choices=DTYPES, default="float32", help="round the weights to this before measuring (float32)")
+    add("--publish", type=Path, metavar="FILE.safetensors", help="write the weights and what was measured")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Validate; 1 if something given cannot be used."""
+    args = parse(argv)
+    try:
+        return run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Validate as the command line says."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: there is no CUDA device here")
+    if args.publish and args.publish.exists():
+        raise InputError(f"{args.publish} exists already")
+    metadata = read_metadata(Path(args.weights)) if Path(args.weights).is_file() else {}
+    if args.publish and "recipe" not in metadata:
+        raise InputError(f"--publish needs a file of tools/train_classifier.py; {args.weights} has no recipe")
+    root = find_split(args.data_dir, args.split)
+    samples, classes = list_images(root, metadata.get("classes"))
+    model = load_model(args, metadata, len(classes))
+    config = data_config(args, model, metadata)
+    if len(classes) != model.num_classes:
+        raise InputError(f"the weights are for {model.num_classes} classes, {root} has {len(classes)} class folders")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(getattr(torch, args.store)).float()
+
+    data = ImageFolder(samples, config["input_size"][0], eval_transform(config), seed=0)
+    loader = make_loader(data, EvalBatches(len(samples), args.batch_size), args.workers, device)
+    scores = evaluate(model.to(device), loader, Processes(device), args.amp)
+    print(
+        f"top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  loss {scores['loss']:.4f}  "
+        f"({len(samples)} images of {root}, {config['input_size'][-1]} px)"
+    )
+    print(f"{len(samples) / scores['seconds']:.1f} images/s in the model, on {device}, {args.amp or 'float32'}")
+    if args.publish:
+        publish(args, model, scores, metadata)
+    return 0
+
+
+def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn.Module:
+    """The model with its weights."""
+    path = Path(args.weights)
+    if not path.is_file():
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or len(path.parts) > 1:
+            raise InputError(f"there is no checkpoint {path}")
+        try:
+            return timm.create_model(args.weights, pretrained=True)
+        except (RuntimeError, FileNotFoundError, ValueError) as error:
+            raise InputError(f"{args.weights} is neither a file nor a pretrained model: {error}") from None
+    name = args.model or metadata.get("architecture")
+    if name is None:
+        raise InputError(f"{path} does not say what model it is for: name it with --model")
+    config = metadata.get("data_config", {})
+    input_size = config.get("input_size", (3, 224, 224))
+    model = build_model(
+        name,
+        metadata.get("model_kwargs", {}) | yaml.safe_load(args.model_kwargs),
+        num_classes=num_classes,
+        in_chans=input_size[0],
+        img_size=args.img_size or input_size[-1],
+        attention=metadata.get("attention", "fma"),
+    )
+    load_weights(model, path, name)
+    return model
+
+
+def data_config(args: argparse.Namespace, model: nn.Module, metadata: dict) -> dict:
+    """Size, mean, std, crop and interpolation: the command line's, else the weights', else the model's."""
+    config = dict(metadata.get("data_config") or resolve_data_config({}, model=model))
+    if args.img_size:
+        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    if args.crop_pct:
+        config["crop_pct"] = args.crop_pct
+    return config
+
+
+def publish(args: argparse.Namespace, model: nn.Module, scores: dict, metadata: dict) -> None:
+    """Write the weights as measured, with the metrics, and print the file's hash."""
+    weights = {name: tensor.to(getattr(torch, args.store)) for name, tensor in model.state_dict().items()}
+    measured = {key: scores[key] for key in ("loss", "top1", "top5", "count")}
+    metadata = metadata | dict(validation=measured | dict(split=args.split, stored_as=args.store))
+    save_weights(weights, args.publish, metadata)
+    print(f"{args.publish}: {args.publish.stat().st_size / 1e6:.2f} MB, sha256 {sha256(args.publish)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
