@@ -218,7 +218,7 @@ def test_recipes_build(path, monkeypatch):
     if recipe.init_head == "new":
         with pytest.raises(InputError, match="init_head new needs init_from"):
             recipe_model(recipe, recipe.num_classes)
-        recipe = replace(recipe, init_head="keep")
+        recipe = replace(recipe, init_head="keep", ema_decay=None)  # timm's has no meta device
     with torch.device("meta"):
         model = recipe_model(recipe, recipe.num_classes)
         training = Training(recipe, model, Processes(torch.device("meta")), 10, 1)
@@ -232,7 +232,7 @@ def test_recipes_build(path, monkeypatch):
     for update in range(10 * recipe.epochs + 1):
         training.scheduler.step_update(update)
         peak = max(peak, groups[-1]["lr"])
-    assert peak == pytest.approx(recipe.lr) and groups[-1]["lr"] == pytest.approx(recipe.min_lr)
+    assert 0.95 * recipe.lr < peak <= recipe.lr and groups[-1]["lr"] == pytest.approx(recipe.min_lr)
 
 
 def test_overrides_and_bases(tmp_path):
@@ -319,7 +319,7 @@ def test_finished_run_is_not_lost(images, finished, capsys, words, message):
         (["--attention", "dense"], "model_kwargs cell_size, rank play no part with attention dense"),
         (["--opt", "adamx"], "cannot build the optimizer adamx"),
         (["--sched", "plateau"], "cannot build the schedule plateau"),
-        (["--warmup-epochs", "3"], "cannot build the schedule cosine"),
+        (["--warmup-epochs", "3"], "warmup_epochs 3.0 must be less than epochs 2"),
         (["--batch-size", "100"], "batch_size 100 is more than the 26 images for training"),
         (["--grad-accum", "3"], "batch_size 8 cannot be shared by 1 process(es) x 3 accumulation step(s)"),
         (["--grad-accum", "8"], "1 images a process and step must be even"),

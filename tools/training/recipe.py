@@ -89,7 +89,7 @@ CHOICES = dict(
     train_interpolation=("random", "bilinear", "bicubic"),
     remode=("const", "rand", "pixel"),
 )
-AT_LEAST = dict(num_classes=1, img_size=1, epochs=1, batch_size=1, eval_every=0, seed=0, lr=0, weight_decay=0)
+AT_LEAST = dict(num_classes=1, img_size=1, epochs=1, batch_size=1, eval_every=0, seed=0, warmup_epochs=0)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +149,8 @@ def make_recipe(values: dict, where: str) -> Recipe:
     for name in ("mean", "std"):
         if (value := getattr(recipe, name)) is not None and len(value) != recipe.in_chans:
             raise InputError(f"{where}: {name} needs {recipe.in_chans} value(s), one a channel, got {value}")
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise InputError(f"{where}: warmup_epochs {recipe.warmup_epochs} must be less than epochs {recipe.epochs}")
     return recipe
 
 
