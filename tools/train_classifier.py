@@ -114,7 +114,6 @@ def run(args: argparse.Namespace) -> int:
         return check_data([path for path, _ in samples + val_samples], args.workers)
     if recipe.num_classes not in (None, len(classes)):
         raise InputError(f"num_classes is {recipe.num_classes}, but {train_root} has {len(classes)} class folders")
-
     stored = stored_state(folder, args.resume, recipe, classes, len(samples))
     processes = start_processes(args.device)
     say = print if processes.is_first else lambda *_, **__: None
@@ -124,69 +123,63 @@ def run(args: argparse.Namespace) -> int:
 
     seed_at(WEIGHTS, recipe.seed)
     model = recipe_model(recipe, len(classes))
-    config = data_config(recipe, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    batches = TrainBatches(
-        len(samples), recipe.batch_size, args.grad_accum, processes.rank, processes.world, recipe.seed
-    )
+    config = data_config(recipe, model)
+    rank, world = processes.rank, processes.world
+    batches = TrainBatches(len(samples), recipe.batch_size, args.grad_accum, rank, world, recipe.seed)
     wrap = torch.compile if args.compile else None
     training = Training(recipe, model.to(processes.device), processes, batches.updates, args.grad_accum, wrap)
-    spread = dict(processes=processes.world, grad_accum=args.grad_accum)
+    train_data = ImageFolder(samples, recipe.in_chans, train_transform(recipe, config), recipe.seed)
+    train_loader = make_loader(train_data, batches, args.workers, processes.device)
+    val_loader = None
+    if val_samples:
+        val_data = ImageFolder(val_samples, recipe.in_chans, eval_transform(config), recipe.seed)
+        val_batches = EvalBatches(len(val_samples), batches.piece, rank, world)
+        val_loader = make_loader(val_data, val_batches, args.workers, processes.device)
+
+    facts = dict(classes=classes, images=len(samples), spread=dict(processes=world, grad_accum=args.grad_accum))
     best = dict(epoch=0, top1=-1.0)
     if stored:
         training.load_state_dict(stored)
         best = stored["best"]
         say(f"resuming {folder} after epoch {training.epoch}")
-        if stored["spread"] != spread:
-            say(f"note: the work is shared as {spread}, was {stored['spread']}: the same images, other random numbers")
+        if stored["spread"] != facts["spread"]:
+            say(f"note: the work is shared by {facts['spread']}, was {stored['spread']}: the weights will be others")
     elif args.resume:
         say(f"no training state in {folder}: starting from the beginning")
-    train_data = ImageFolder(samples, recipe.in_chans, train_transform(recipe, config), recipe.seed)
-    train_loader = make_loader(train_data, batches, args.workers, processes.device)
-    val_loader = None
-    if val_samples:
-        val_batches = EvalBatches(len(val_samples), batches.piece, processes.rank, processes.world)
-        val_data = ImageFolder(val_samples, recipe.in_chans, eval_transform(config), recipe.seed)
-        val_loader = make_loader(val_data, val_batches, args.workers, processes.device)
-
     log = None
     if processes.is_first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the output folder {folder}: {error.strerror}") from None
-        remove_unfinished(folder)
+        open_folder(folder, recipe)
         log = EpochLog(folder, training.epoch, not args.no_tensorboard)
-        write_whole(folder / "recipe.yaml", lambda temporary: Path(temporary).write_text(to_yaml(recipe)))
     describe(say, recipe, model, samples, val_samples, processes, folder)
 
     while training.epoch < recipe.epochs:
         batches.epoch = training.epoch
         progress = Progress(
-            training.epoch + 1, recipe.epochs, batches.updates, recipe.batch_size, args.progress, log is None
+            training.epoch + 1, recipe.epochs, batches.updates, recipe.batch_size, args.progress, not log
         )
+        scores = {}
         try:
             loss = training.train_epoch(train_loader, progress)
             seconds = progress.seconds
-            scores = {}
             if val_loader and (training.epoch % recipe.eval_every == 0 or training.epoch == recipe.epochs):
                 scores = evaluate(training.weights, val_loader, processes, recipe.amp)
         except InputError as error:
             raise RankError(str(error)) from None
-        if log is None:
+        if not log:
             continue
         row = epoch_row(training, loss, seconds, batches.updates * recipe.batch_size, scores)
         log.append(row)
         say(epoch_line(row, recipe.epochs, progress.seconds * (recipe.epochs - training.epoch)), flush=True)
-        facts = weights_metadata(recipe, config, classes, row)
-        weights = training.weights.state_dict()
-        save_weights(weights, folder / "last.safetensors", facts)
+        metadata = weights_metadata(recipe, config, classes, row)
+        save_weights(training.weights, folder / "last.safetensors", metadata)
         if scores and scores["top1"] > best["top1"]:
             best = dict(epoch=training.epoch, top1=scores["top1"])
-            save_weights(weights, folder / "best.safetensors", facts)
-        recorded = dict(recipe=dataclasses.asdict(recipe), classes=classes, images=len(samples), spread=spread)
-        save_state(folder / "state.pt", training.state_dict() | recorded | dict(best=best))
+            save_weights(training.weights, folder / "best.safetensors", metadata)
+        # Last, so that whatever is killed before is done again by the run that goes on.
+        state = training.state_dict() | facts | dict(recipe=dataclasses.asdict(recipe), best=best)
+        save_state(folder / "state.pt", state)
     if best["epoch"]:
         say(f"best top-1 {best['top1']:.2f} % after epoch {best['epoch']}")
     say(f"weights in {folder}")
@@ -234,6 +227,16 @@ def start_processes(device: str | None) -> Processes:
     return Processes(device, found.rank, found.world_size, found.local_rank)
 
 
+def open_folder(folder: Path, recipe: Recipe) -> None:
+    """Make the folder of the run, without what a killed one has left unfinished, and put the recipe there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the output folder {folder}: {error.strerror}") from None
+    remove_unfinished(folder)
+    write_whole(folder / "recipe.yaml", lambda temporary: Path(temporary).write_text(to_yaml(recipe)))
+
+
 def describe(say, recipe: Recipe, model, samples, val_samples, processes: Processes, folder: Path) -> None:
     """The head of a run's output."""
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -242,6 +245,8 @@ def describe(say, recipe: Recipe, model, samples, val_samples, processes: Proces
         levels = [stage.blocks[0].attn.levels for stage in model.stages]
         say(f"levels with learned kernels in each stage: {', '.join(map(str, levels))}")
     say(f"{len(samples)} images for training, {len(val_samples)} for validation, {recipe.img_size} px")
+    if val_samples and (unseen := model.num_classes - len({label for _, label in val_samples})):
+        say(f"note: {unseen} of {model.num_classes} classes have no image for validation")
     say(f"{processes.world} process(es) on {processes.device.type}, precision {recipe.amp or 'float32'}, in {folder}")
 
 

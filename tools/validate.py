@@ -132,10 +132,9 @@ def data_config(args: argparse.Namespace, model: nn.Module, metadata: dict) -> d
 
 def publish(args: argparse.Namespace, model: nn.Module, scores: dict, metadata: dict) -> None:
     """Write the weights as measured, with the metrics, and print the file's hash."""
-    weights = {name: tensor.to(getattr(torch, args.store)) for name, tensor in model.state_dict().items()}
     measured = {key: scores[key] for key in ("loss", "top1", "top5", "count")}
     metadata = metadata | dict(validation=measured | dict(split=args.split, stored_as=args.store))
-    save_weights(weights, args.publish, metadata)
+    save_weights(model.to(getattr(torch, args.store)), args.publish, metadata)
     print(f"{args.publish}: {args.publish.stat().st_size / 1e6:.2f} MB, sha256 {sha256(args.publish)}")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from . import InputError
 
@@ -52,10 +52,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict) -> None:
+def save_weights(model: nn.Module, path: Path, metadata: dict) -> None:
     """Weights as safetensors; metadata values that are not strings are stored as JSON."""
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **text}))
 
 

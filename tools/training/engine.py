@@ -50,7 +50,7 @@ def autocast(device: torch.device, amp: str | None):
     return torch.autocast(device.type, AMP[amp]) if amp else nullcontext()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, processes: Processes, amp: str | None = None) -> dict[str, float]:
     """Loss, top-1 and top-5 in percent, the number of images, and seconds in the model (rank 0's)."""
     model.eval()
@@ -118,7 +118,7 @@ class Training:
         self.forward = wrap(model) if wrap else model
         if processes.world > 1:
             devices = [processes.local_rank] if processes.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=devices, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.forward, device_ids=devices)
 
     @property
     def weights(self) -> nn.Module:
