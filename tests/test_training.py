@@ -1,6 +1,7 @@
 """The classification trainer: resuming, seeding, recipes, bad inputs."""
 
 import csv
+import hashlib
 import json
 import os
 import random
@@ -18,12 +19,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tools import train_classifier, validate
+from tools import make_digits, train_classifier, validate
 from tools.training import InputError
 from tools.training.checkpoints import load_state, read_metadata, save_state
-from tools.training.data import EvalBatches, ImageFolder, TrainBatches, list_images, train_transform
+from tools.training.data import EvalBatches, ImageFolder, TrainBatches, list_images, make_loader, train_transform
 from tools.training.engine import Processes, Training
+from tools.training.log import EpochLog
 from tools.training.model import data_config, recipe_model
 from tools.training.recipe import Recipe, differences, make_recipe, read_values
 
@@ -281,7 +284,7 @@ def finished(images, tmp_path_factory):
     """A run of one epoch, and its recipe."""
     folder = tmp_path_factory.mktemp("finished")
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY | dict(epochs=1, ema_decay=None)))
+    path.write_text(yaml.safe_dump(TINY | dict(epochs=1, warmup_epochs=0, ema_decay=None)))
     assert train_classifier.main(command(path, images, folder / "run")) == 0
     return folder
 
@@ -465,3 +468,68 @@ def test_validate_bad_inputs(images, finished, tmp_path, capsys):
         ([good, "--publish", good], "exists already"),
     ):
         assert message in error_line(capsys, validate.main, [*words, *data])
+
+
+# What else a run may be asked for.
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_and_accumulation(images, recipe_file, finished, tmp_path, amp):
+    words = command(recipe_file, images, tmp_path / "run", "--amp", amp, "--epochs", "1", "--warmup-epochs", "0")
+    assert train_classifier.main([*words, "--grad-accum", "2", "--grad-checkpointing"]) == 0
+    state = load_state(tmp_path / "run" / "state.pt")
+    assert bool(state["scaler"]) == (amp == "fp16")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_update(images):
+    """Without what draws random numbers a batch, two steps of four images end where one of eight does."""
+    still = dict(drop_rate=0.0, drop_path_rate=0.0, mixup=0.0, cutmix=0.0, opt="sgd", ema_decay=None)
+    recipe = make_recipe(TINY | still, "test")
+    ends = []
+    for accum in (1, 2):
+        torch.manual_seed(0)
+        model = recipe_model(recipe, 3)
+        samples, _ = list_images(images / "train")
+        batches = TrainBatches(len(samples), 8, accum, 0, 1, 0)
+        data = ImageFolder(samples, 3, train_transform(recipe, data_config(recipe, model)), 0)
+        cpu = torch.device("cpu")
+        training = Training(recipe, model, Processes(cpu), batches.updates, accum)
+        training.train_epoch(make_loader(data, batches, 0, cpu), lambda *_: None)
+        ends.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.allclose(*ends, rtol=1e-4, atol=1e-6)
+
+
+def test_log_of_a_resumed_run_has_each_epoch_once(tmp_path):
+    log = EpochLog(tmp_path, 0, tensorboard=True)
+    for epoch in (1, 2, 3):
+        log.append(dict(epoch=epoch, lr=0.1, train_loss=1.0))
+    log.writer.close()
+    log = EpochLog(tmp_path, 2, tensorboard=True)
+    log.append(dict(epoch=3, lr=0.2, train_loss=0.5, top1=50.0))
+    log.writer.close()
+    with (tmp_path / "log.csv").open() as file:
+        assert [(row["epoch"], row["lr"]) for row in csv.DictReader(file)] == [("1", "0.1"), ("2", "0.1"), ("3", "0.2")]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+@pytest.mark.slow
+def test_compiled_training(images, recipe_file, tmp_path):
+    assert train_classifier.main(command(recipe_file, images, tmp_path / "run", "--compile")) == 0
+    assert read_metadata(tmp_path / "run" / "last.safetensors")["metrics"]["epoch"] == 2
+
+
+def test_digits_are_a_folder_of_images(tmp_path):
+    assert make_digits.main(["--out", str(tmp_path / "digits")]) == 0
+    train, classes = list_images(tmp_path / "digits" / "train")
+    val, _ = list_images(tmp_path / "digits" / "val", classes)
+    assert classes == [str(digit) for digit in range(10)] and (len(train), len(val)) == (1437, 360)
+    shares = [sum(label == digit for _, label in val) for digit in range(10)]
+    assert all(34 <= share <= 37 for share in shares)
+    assert not {Path(path).name for path, _ in train} & {Path(path).name for path, _ in val}
+    assert hashlib.sha256(b"".join(Path(path).name.encode() for path, _ in val)).hexdigest()[:12] == "addd0ed675a2"
+    with Image.open(val[0][0]) as image:
+        assert (image.size, image.mode) == ((32, 32), "L")
+    assert make_digits.main(["--out", str(tmp_path / "digits")]) == 1
