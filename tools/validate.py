@@ -103,6 +103,9 @@ def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn
             return timm.create_model(args.weights, pretrained=True)
         except (RuntimeError, FileNotFoundError, ValueError) as error:
             raise InputError(f"{args.weights} is neither a file nor a pretrained model: {error}") from None
+    kwargs = yaml.safe_load(args.model_kwargs)
+    if not isinstance(kwargs, dict):
+        raise InputError(f"--model-kwargs must be a mapping, e.g. '{{cell_size: 2}}', got {args.model_kwargs!r}")
     name = args.model or metadata.get("architecture")
     if name is None:
         raise InputError(f"{path} does not say what model it is for: name it with --model")
@@ -110,7 +113,7 @@ def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn
     input_size = config.get("input_size", (3, 224, 224))
     model = build_model(
         name,
-        metadata.get("model_kwargs", {}) | yaml.safe_load(args.model_kwargs),
+        metadata.get("model_kwargs", {}) | kwargs,
         num_classes=num_classes,
         in_chans=input_size[0],
         img_size=args.img_size or input_size[-1],
