@@ -125,15 +125,16 @@ class Training:
         """The model that counts: the moving average, where there is one."""
         return self.ema.module if self.ema else self.model
 
-    def train_epoch(self, loader: DataLoader, progress: Callable[[int, Callable[[], float], float], None]) -> float:
+    def train_epoch(self, loader: DataLoader, progress: Callable[[int, Callable[[], float], float], bool]) -> float:
         """One epoch; the mean loss over all processes.
 
         Args:
             loader: of this process's batches, `accum` an update.
-            progress: called after each update with its number, a function that gives its loss, and the learning rate.
+            progress: called after each update with its number, a function that gives its loss, and the learning rate;
+                says whether it is a time to look closer.
 
         Raises:
-            InputError: if the loss is not finite; for an image that cannot be read.
+            InputError: if the weights are no longer finite; for an image that cannot be read.
         """
         self.forward.train()
         device, losses = self.processes.device, torch.zeros((), dtype=torch.float64, device=self.processes.device)
@@ -151,16 +152,20 @@ class Training:
             losses += loss.detach()
             if last:
                 self._update(update)
-                progress(update + 1, loss.item, self.optimizer.param_groups[-1]["lr"])
+                if progress(update + 1, loss.item, self.optimizer.param_groups[-1]["lr"]):
+                    self._check_weights()
+        self._check_weights()
         self.epoch += 1
         [total] = self.processes.sum([losses])
-        mean = total / (len(loader) * self.processes.world)
-        if mean != mean or mean in (float("inf"), float("-inf")):
+        return total / (len(loader) * self.processes.world)
+
+    def _check_weights(self) -> None:
+        # Not the loss: with fp16 a single one may be infinite, and the scaler then leaves the update out.
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             raise InputError(
-                f"the loss of epoch {self.epoch} is {mean}; what was saved before is kept. "
+                f"the weights are no longer finite in epoch {self.epoch + 1}; what was saved before is kept. "
                 "Try a smaller lr, clip_grad, more warmup_epochs, or amp: bf16 instead of fp16"
             )
-        return mean
 
     def _update(self, update: int) -> None:
         if self.recipe.clip_grad is not None:

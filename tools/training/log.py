@@ -3,6 +3,7 @@
 import csv
 import io
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,6 +54,8 @@ class EpochLog:
 class Progress:
     """A line now and then: where the epoch is, loss, images per second, time left for the whole run.
 
+    Calling it after an update says whether it wrote one.
+
     Args:
         epoch, epochs: the one that begins, from 1, and how many there are.
         updates: of an epoch.
@@ -69,10 +72,10 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
-    def __call__(self, update: int, loss, lr: float) -> None:
+    def __call__(self, update: int, loss: Callable[[], float], lr: float) -> bool:
         now = time.monotonic()
         if self.quiet or now - self.last < self.every or update == self.updates:
-            return
+            return False
         self.last = now
         pace = (now - self.start) / update
         left = pace * (self.updates * (self.epochs - self.epoch + 1) - update)
@@ -81,6 +84,7 @@ class Progress:
             f"{self.batch_size / pace:.0f} images/s  left {duration(left)}",
             flush=True,
         )
+        return True
 
 
 def duration(seconds: float) -> str:
