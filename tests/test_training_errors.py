@@ -169,9 +169,12 @@ def test_bad_checkpoints(images, finished, tmp_path, capsys):
     words = command(finished / "tiny.yaml", root, tmp_path / "run", "--init-from", str(bare))
     assert "has 3 classes, not 2; a training starts a new" in error_line(capsys, train_classifier.main, words)
     assert not (tmp_path / "run").exists()
-    assert train_classifier.main([*words, "--init-head", "new", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]) == 0
+    words += ["--init-head", "new", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]
+    assert train_classifier.main(words) == 0
     kept = load_file(tmp_path / "run" / "last.safetensors")
     assert all(torch.equal(kept[key], weights[key]) for key in kept if not key.startswith("head.fc"))
+    bare.unlink()  # a run that goes on does not need it
+    assert train_classifier.main([*words, "--resume"]) == 0
 
 
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

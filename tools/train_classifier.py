@@ -122,7 +122,9 @@ def run(args: argparse.Namespace) -> int:
         torch.use_deterministic_algorithms(True)
 
     seed_at(WEIGHTS, recipe.seed)
-    model = recipe_model(recipe, len(classes))
+    # A run that goes on needs not what it started from.
+    start = dataclasses.replace(recipe, init_from=None, init_head="keep") if stored else recipe
+    model = recipe_model(start, len(classes))
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     config = data_config(recipe, model)

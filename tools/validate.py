@@ -101,7 +101,7 @@ def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn
             raise InputError(f"there is no checkpoint {path}")
         try:
             return timm.create_model(args.weights, pretrained=True)
-        except (RuntimeError, FileNotFoundError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{args.weights} is neither a file nor a pretrained model: {error}") from None
     kwargs = yaml.safe_load(args.model_kwargs)
     if not isinstance(kwargs, dict):

@@ -180,7 +180,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(recipe: Recipe, stored: dict) -> list[str]:
-    """What differs from the stored hyper-parameters, as `name: new (was old)`."""
-    now = dataclasses.asdict(recipe)
+    """What differs from the stored hyper-parameters, as `name new (was old)`; keys added since have their default."""
+    now, stored = dataclasses.asdict(recipe), dataclasses.asdict(Recipe()) | stored
     names = [name for name in {**now, **stored} if now.get(name) != stored.get(name)]
     return [f"{name} {now.get(name)} (was {stored.get(name)})" for name in names]
