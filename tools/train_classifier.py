@@ -21,24 +21,23 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
-from fma2d import __version__
 from tools.training import InputError
-from tools.training.checkpoints import load_state, remove_unfinished, save_state, save_weights, write_whole
 from tools.training.data import (
     EvalBatches,
     ImageFolder,
+    Images,
     TrainBatches,
     broken_images,
     eval_transform,
-    find_split,
-    list_images,
     make_loader,
+    read_images,
     train_transform,
 )
 from tools.training.engine import Processes, Training, evaluate
-from tools.training.log import EpochLog, Progress, duration
+from tools.training.folder import RunFolder
+from tools.training.log import Progress, duration
 from tools.training.model import data_config, recipe_model
-from tools.training.recipe import Recipe, add_recipe_arguments, differences, recipe_from_arguments, to_yaml
+from tools.training.recipe import add_recipe_arguments, recipe_from_arguments
 from tools.training.seeding import WEIGHTS, seed_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,17 +103,11 @@ class RankError(InputError):
 def run(args: argparse.Namespace) -> int:
     """Train as the command line says."""
     recipe = recipe_from_arguments(args)
-    folder = args.output or ROOT / "out" / "train" / args.recipe.stem
-    train_root = find_split(args.data_dir, "train")
-    samples, classes = list_images(train_root)
-    val_samples = []
-    if recipe.eval_every:
-        val_samples, _ = list_images(find_split(args.data_dir, "val"), classes)
+    images = read_images(args.data_dir, recipe.num_classes, validation=recipe.eval_every > 0)
     if args.check_data:
-        return check_data([path for path, _ in samples + val_samples], args.workers)
-    if recipe.num_classes not in (None, len(classes)):
-        raise InputError(f"num_classes is {recipe.num_classes}, but {train_root} has {len(classes)} class folders")
-    stored = stored_state(folder, args.resume, recipe, classes, len(samples))
+        return check_data([path for path, _ in images.train + images.val], args.workers)
+    folder = RunFolder(args.output or ROOT / "out" / "train" / args.recipe.stem, recipe, images)
+    stored = folder.stored_state(args.resume)
     processes = start_processes(args.device)
     say = print if processes.is_first else lambda *_, **__: None
     if args.deterministic:
@@ -124,67 +117,46 @@ def run(args: argparse.Namespace) -> int:
     seed_at(WEIGHTS, recipe.seed)
     # A run that goes on needs not what it started from.
     start = dataclasses.replace(recipe, init_from=None, init_head="keep") if stored else recipe
-    model = recipe_model(start, len(classes))
+    model = recipe_model(start, len(images.classes)).to(processes.device)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     config = data_config(recipe, model)
-    rank, world = processes.rank, processes.world
-    batches = TrainBatches(len(samples), recipe.batch_size, args.grad_accum, rank, world, recipe.seed)
-    wrap = torch.compile if args.compile else None
-    training = Training(recipe, model.to(processes.device), processes, batches.updates, args.grad_accum, wrap)
-    train_data = ImageFolder(samples, recipe.in_chans, train_transform(recipe, config), recipe.seed)
-    train_loader = make_loader(train_data, batches, args.workers, processes.device)
-    val_loader = None
-    if val_samples:
-        val_data = ImageFolder(val_samples, recipe.in_chans, eval_transform(config), recipe.seed)
-        val_batches = EvalBatches(len(val_samples), batches.piece, rank, world)
-        val_loader = make_loader(val_data, val_batches, args.workers, processes.device)
+    share = (processes.rank, processes.world)
+    batches = TrainBatches(len(images.train), recipe.batch_size, args.grad_accum, *share, recipe.seed)
+    training = Training(recipe, model, processes, batches.updates, args.grad_accum, args.compile)
+    data = ImageFolder(images.train, recipe.in_chans, train_transform(recipe, config), recipe.seed)
+    train_loader = make_loader(data, batches, args.workers, processes.device)
+    data = ImageFolder(images.val, recipe.in_chans, eval_transform(config), recipe.seed)
+    val_loader = make_loader(data, EvalBatches(len(data), batches.piece, *share), args.workers, processes.device)
 
-    facts = dict(classes=classes, images=len(samples), spread=dict(processes=world, grad_accum=args.grad_accum))
-    best = dict(epoch=0, top1=-1.0)
     if stored:
         training.load_state_dict(stored)
-        best = stored["best"]
-        say(f"resuming {folder} after epoch {training.epoch}")
-        if stored["spread"] != facts["spread"]:
-            say(f"note: the work is shared by {facts['spread']}, was {stored['spread']}: the weights will be others")
+        say(f"resuming {folder.path} after epoch {training.epoch}")
+        if training.spread != stored["spread"]:
+            say(f"note: the work is shared by {training.spread}, was {stored['spread']}: the weights will be others")
     elif args.resume:
-        say(f"no training state in {folder}: starting from the beginning")
-    log = None
+        say(f"no training state in {folder.path}: starting from the beginning")
     if processes.is_first:
-        open_folder(folder, recipe)
-        log = EpochLog(folder, training.epoch, not args.no_tensorboard)
-    describe(say, recipe, model, samples, val_samples, processes, folder)
+        folder.open(training.epoch, not args.no_tensorboard)
+    describe(say, training, images, folder.path)
 
     while training.epoch < recipe.epochs:
-        batches.epoch = training.epoch
-        progress = Progress(
-            training.epoch + 1, recipe.epochs, batches.updates, recipe.batch_size, args.progress, not log
-        )
-        scores = {}
+        epoch = batches.epoch = training.epoch
+        progress = Progress(epoch + 1, recipe.epochs, batches.updates, recipe.batch_size, args.progress, folder.log)
+        validate = recipe.eval_every and ((epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs)
         try:
             loss = training.train_epoch(train_loader, progress)
             seconds = progress.seconds
-            if val_loader and (training.epoch % recipe.eval_every == 0 or training.epoch == recipe.epochs):
-                scores = evaluate(training.weights, val_loader, processes, recipe.amp)
+            scores = evaluate(training.weights, val_loader, processes, recipe.amp) if validate else {}
         except InputError as error:
             raise RankError(str(error)) from None
-        if not log:
-            continue
-        row = epoch_row(training, loss, seconds, batches.updates * recipe.batch_size, scores)
-        log.append(row)
-        say(epoch_line(row, recipe.epochs, progress.seconds * (recipe.epochs - training.epoch)), flush=True)
-        metadata = weights_metadata(recipe, config, classes, row)
-        save_weights(training.weights, folder / "last.safetensors", metadata)
-        if scores and scores["top1"] > best["top1"]:
-            best = dict(epoch=training.epoch, top1=scores["top1"])
-            save_weights(training.weights, folder / "best.safetensors", metadata)
-        # Last, so that whatever is killed before is done again by the run that goes on.
-        state = training.state_dict() | facts | dict(recipe=dataclasses.asdict(recipe), best=best)
-        save_state(folder / "state.pt", state)
-    if best["epoch"]:
-        say(f"best top-1 {best['top1']:.2f} % after epoch {best['epoch']}")
-    say(f"weights in {folder}")
+        if processes.is_first:
+            row = epoch_row(training, loss, seconds, batches.updates * recipe.batch_size, scores)
+            say(epoch_line(row, recipe.epochs, progress.seconds * (recipe.epochs - training.epoch)), flush=True)
+            folder.record(training, row, config)
+    if folder.best["epoch"]:
+        say(f"best top-1 {folder.best['top1']:.2f} % after epoch {folder.best['epoch']}")
+    say(f"weights in {folder.path}")
     return 0
 
 
@@ -194,26 +166,6 @@ def check_data(paths: list[str], workers: int) -> int:
     print(*broken, sep="\n", end="\n" if broken else "")
     print(f"{len(paths)} images, {len(broken)} broken")
     return 1 if broken else 0
-
-
-def stored_state(folder: Path, resume: bool, recipe: Recipe, classes: list[str], images: int) -> dict | None:
-    """The state to go on from, if any; refuses to mix it with another recipe or other data, or to overwrite it."""
-    path = folder / "state.pt"
-    if not path.exists():
-        if not resume and folder.is_dir() and any(folder.glob("*.safetensors")):
-            raise InputError(f"{folder} holds weights; choose another --output")
-        return None
-    if not resume:
-        raise InputError(f"{folder} holds a run; go on with it by --resume, or choose another --output")
-    state = load_state(path)
-    if changed := differences(recipe, state["recipe"]):
-        raise InputError(f"{folder} was trained with other hyper-parameters: {'; '.join(changed)}")
-    if (state["classes"], state["images"]) != (classes, images):
-        raise InputError(
-            f"{folder} was trained on other data: {state['images']} images of {len(state['classes'])} classes, "
-            f"now {images} of {len(classes)}" + (", other names" if state["classes"] != classes else "")
-        )
-    return state
 
 
 def start_processes(device: str | None) -> Processes:
@@ -229,26 +181,18 @@ def start_processes(device: str | None) -> Processes:
     return Processes(device, found.rank, found.world_size, found.local_rank)
 
 
-def open_folder(folder: Path, recipe: Recipe) -> None:
-    """Make the folder of the run, without what a killed one has left unfinished, and put the recipe there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the output folder {folder}: {error.strerror}") from None
-    remove_unfinished(folder)
-    write_whole(folder / "recipe.yaml", lambda temporary: Path(temporary).write_text(to_yaml(recipe)))
-
-
-def describe(say, recipe: Recipe, model, samples, val_samples, processes: Processes, folder: Path) -> None:
+def describe(say, training: Training, images: Images, folder: Path) -> None:
     """The head of a run's output."""
+    recipe, model = training.recipe, training.model
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f"{recipe.model}, attention {recipe.attention}: {count / 1e6:.2f} M parameters, {model.num_classes} classes")
     if recipe.model.startswith("fma2d_") and recipe.attention == "fma":
         levels = [stage.blocks[0].attn.levels for stage in model.stages]
         say(f"levels with learned kernels in each stage: {', '.join(map(str, levels))}")
-    say(f"{len(samples)} images for training, {len(val_samples)} for validation, {recipe.img_size} px")
-    if val_samples and (unseen := model.num_classes - len({label for _, label in val_samples})):
-        say(f"note: {unseen} of {model.num_classes} classes have no image for validation")
+    say(f"{len(images.train)} images for training, {len(images.val)} for validation, {recipe.img_size} px")
+    if images.val and (unseen := len(images.classes) - len({label for _, label in images.val})):
+        say(f"note: {unseen} of {len(images.classes)} classes have no image for validation")
+    processes = training.processes
     say(f"{processes.world} process(es) on {processes.device.type}, precision {recipe.amp or 'float32'}, in {folder}")
 
 
@@ -270,21 +214,6 @@ def epoch_line(row: dict, epochs: int, left: float) -> str:
     if "top1" in row:
         text += f"  validation: loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f}  top-5 {row['top5']:.2f}"
     return text + f"  left {duration(left)}"
-
-
-def weights_metadata(recipe: Recipe, config: dict, classes: list[str], row: dict) -> dict:
-    """What is to be known to use the weights: the model, its input, its classes, and how it was made."""
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return dict(
-        architecture=recipe.model,
-        attention=recipe.attention,
-        model_kwargs=recipe.model_kwargs,
-        data_config={key: config[key] for key in keys},
-        classes=classes,
-        recipe=to_yaml(recipe),
-        metrics={key: row[key] for key in ("epoch", "train_loss", "val_loss", "top1", "top5") if key in row},
-        fma2d=__version__,
-    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,25 @@ from .recipe import Recipe
 from .seeding import IMAGE, order_at, seed_at
 
 MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Paths with labels for training and validation, and the class names in the order of the labels."""
+
+    train: list[tuple[str, int]]
+    val: list[tuple[str, int]]
+    classes: list[str]
+
+
+def read_images(data_dir: Path, num_classes: int | None, validation: bool) -> Images:
+    """The images of `data_dir/train` and, if asked for, of `data_dir/val`; `num_classes` or any number of classes."""
+    root = find_split(data_dir, "train")
+    train, classes = list_images(root)
+    if num_classes not in (None, len(classes)):
+        raise InputError(f"num_classes is {num_classes}, but {root} has {len(classes)} class folders")
+    val = list_images(find_split(data_dir, "val"), classes)[0] if validation else []
+    return Images(train, val, classes)
 
 
 def find_split(data_dir: Path, split: str) -> Path:

@@ -81,7 +81,7 @@ class Training:
     Args:
         model: on the device of `processes`.
         updates_per_epoch: optimizer steps; each takes `accum` batches of the loader.
-        wrap: applied to the model before it is distributed; `torch.compile` or nothing.
+        compiled: whether to `torch.compile` the model.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Training:
         processes: Processes,
         updates_per_epoch: int,
         accum: int,
-        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        compiled: bool = False,
     ):
         self.recipe, self.model, self.processes = recipe, model, processes
         self.updates_per_epoch, self.accum = updates_per_epoch, accum
@@ -115,10 +115,15 @@ class Training:
                 label_smoothing=recipe.smoothing,
                 num_classes=model.num_classes,
             )
-        self.forward = wrap(model) if wrap else model
+        self.forward = torch.compile(model) if compiled else model
         if processes.world > 1:
             devices = [processes.local_rank] if processes.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=devices)
+
+    @property
+    def spread(self) -> dict[str, int]:
+        """How the images of an update are shared out; the random numbers depend on it."""
+        return dict(processes=self.processes.world, grad_accum=self.accum)
 
     @property
     def weights(self) -> nn.Module:
@@ -183,6 +188,7 @@ class Training:
         """All that the next epochs depend on; there is no state of random numbers (see `seeding`)."""
         return dict(
             epoch=self.epoch,
+            spread=self.spread,
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict() if self.ema else None,
             optimizer=self.optimizer.state_dict(),

@@ -61,11 +61,12 @@ class Progress:
         updates: of an epoch.
         batch_size: images an update.
         every: seconds between lines.
+        log: the process that has none is silent.
     """
 
-    def __init__(self, epoch: int, epochs: int, updates: int, batch_size: int, every: float, quiet: bool):
+    def __init__(self, epoch: int, epochs: int, updates: int, batch_size: int, every: float, log: EpochLog | None):
         self.epoch, self.epochs, self.updates, self.batch_size = epoch, epochs, updates, batch_size
-        self.every, self.quiet = every, quiet
+        self.every, self.quiet = every, log is None
         self.start = self.last = time.monotonic()
 
     @property

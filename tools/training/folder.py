@@ -1,0 +1,91 @@
+"""The folder of a run: what is written after each epoch, and what a run goes on from."""
+
+import dataclasses
+from pathlib import Path
+
+from fma2d import __version__
+
+from . import InputError
+from .checkpoints import load_state, remove_unfinished, save_state, save_weights, write_whole
+from .data import Images
+from .engine import Training
+from .log import EpochLog
+from .recipe import Recipe, differences, to_yaml
+
+
+class RunFolder:
+    """`recipe.yaml`, `log.csv`, `tensorboard/`, `last.safetensors`, `best.safetensors` and `state.pt`.
+
+    Args:
+        path: of the folder.
+        recipe, images: of the run.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, images: Images):
+        self.path, self.recipe, self.images = path, recipe, images
+        self.best = dict(epoch=0, top1=-1.0)
+        self.log: EpochLog | None = None
+
+    def stored_state(self, resume: bool) -> dict | None:
+        """The state to go on from, if there is one.
+
+        Raises:
+            InputError: rather than overwrite another run, or go on with other hyper-parameters or data.
+        """
+        path = self.path / "state.pt"
+        if not path.exists():
+            if not resume and any(self.path.glob("*.safetensors")):
+                raise InputError(f"{self.path} holds weights; choose another --output")
+            return None
+        if not resume:
+            raise InputError(f"{self.path} holds a run; go on with it by --resume, or choose another --output")
+        state = load_state(path)
+        if changed := differences(self.recipe, state["recipe"]):
+            raise InputError(f"{self.path} was trained with other hyper-parameters: {'; '.join(changed)}")
+        count, classes = len(self.images.train), self.images.classes
+        if (state["classes"], state["images"]) != (classes, count):
+            raise InputError(
+                f"{self.path} was trained on other data: {state['images']} images of {len(state['classes'])} classes, "
+                f"now {count} of {len(classes)}" + (", with other names" if state["classes"] != classes else "")
+            )
+        self.best = state["best"]
+        return state
+
+    def open(self, epochs: int, tensorboard: bool) -> None:
+        """Make the folder, clear away what a killed run left unfinished, and begin the log after these epochs."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the output folder {self.path}: {error.strerror}") from None
+        remove_unfinished(self.path)
+        write_whole(self.path / "recipe.yaml", lambda name: Path(name).write_text(to_yaml(self.recipe)))
+        self.log = EpochLog(self.path, epochs, tensorboard)
+
+    def record(self, training: Training, row: dict, data_config: dict) -> None:
+        """Write what an epoch has brought.
+
+        The state comes last: what is killed before that is done again, to the bit, by the run that goes on.
+        """
+        self.log.append(row)
+        metadata = self._metadata(row, data_config)
+        save_weights(training.weights, self.path / "last.safetensors", metadata)
+        if row.get("top1", -1.0) > self.best["top1"]:
+            self.best = dict(epoch=row["epoch"], top1=row["top1"])
+            save_weights(training.weights, self.path / "best.safetensors", metadata)
+        facts = dict(recipe=dataclasses.asdict(self.recipe), best=self.best)
+        facts |= dict(classes=self.images.classes, images=len(self.images.train))
+        save_state(self.path / "state.pt", training.state_dict() | facts)
+
+    def _metadata(self, row: dict, data_config: dict) -> dict:
+        """What is to be known to use the weights: the model, its input, its classes, and how they were made."""
+        keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        return dict(
+            architecture=self.recipe.model,
+            attention=self.recipe.attention,
+            model_kwargs=self.recipe.model_kwargs,
+            data_config={key: data_config[key] for key in keys},
+            classes=self.images.classes,
+            recipe=to_yaml(self.recipe),
+            metrics={key: row[key] for key in ("epoch", "train_loss", "val_loss", "top1", "top5") if key in row},
+            fma2d=__version__,
+        )
