@@ -122,7 +122,7 @@ def table(rows: list[dict]) -> str:
         own = [row for row in rows if row["recipe"] == name]
         scores = [float(row["top1"]) for row in own]
         line = [name, own[0]["attention"], f"{int(own[0]['params']) / 1e6:.2f} M", " ".join(row["top1"] for row in own)]
-        lines.append([*line, f"{mean(scores):.2f}", f"{mean(float(row['train_seconds']) for row in own):.0f}"])
+        lines.append([*line, f"{mean(scores):.2f}", f"{mean(float(row['cpu_seconds']) for row in own):.0f}"])
     return text_table(header, lines)
 
 
