@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from .geometry import subcell_overlaps, tiling
 
 FORMAT_VERSION = 1
+# Suffix of a file that is being written.
+PARTIAL = ".partial"
 SETTINGS = ("cell_size", "rank", "levels", "variant", "aggregation", "share_heads")
 
 # Weights that were not loaded must not go unseen, so reports reach stderr also where nobody has set up logging.
@@ -131,8 +133,11 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> st
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = _sorted_header(save(tensors, metadata=texts))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
     return hashlib.sha256(data).hexdigest()
 

@@ -38,7 +38,13 @@ class Packaged:
 
 
 # By name and tag, as in "fma2d_nano.digits".
-PACKAGED: dict[str, Packaged] = {}
+PACKAGED: dict[str, Packaged] = {
+    "fma2d_nano.digits": Packaged(
+        "fma2d_nano_digits.safetensors",
+        cfg=dict(size=32, num_classes=10, input_size=(1, 32, 32), mean=(0.3094,), std=(0.3488,), crop_pct=1.0),
+        settings=dict(cell_size=2, rank=1),
+    ),
+}
 
 
 def _cfg(size: int = 224, num_classes: int = 1000, **changes) -> dict:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import nn
+
+from fma2d.checkpoint import PARTIAL, save_checkpoint
 
 from . import InputError
 
@@ -43,8 +44,9 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a run killed while writing has left."""
-    for path in folder.glob(f".*{UNFINISHED}"):
-        path.unlink()
+    for pattern in (f".*{UNFINISHED}", f"*.safetensors{PARTIAL}"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -53,10 +55,11 @@ def sha256(path: Path) -> str:
 
 
 def save_weights(model: nn.Module, path: Path, metadata: dict) -> None:
-    """Weights as safetensors; metadata values that are not strings are stored as JSON."""
-    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **text}))
+    """Weights as safetensors with their metadata, by `fma2d.checkpoint.save_checkpoint`."""
+    try:
+        save_checkpoint(model, path, **metadata)
+    except OSError as error:
+        raise InputError(f"cannot write {path}, what was there is kept: {error}") from None
 
 
 def read_metadata(path: Path) -> dict:
