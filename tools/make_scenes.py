@@ -49,7 +49,7 @@ LABELS = {
 }
 LONG_RANGE = ("car", "van", "lamp", "streetlight", "grass", "field")
 SPLITS = {"training": "train", "validation": "val"}  # folder: the word in file names
-ROWS, COLS = np.mgrid[:SIZE, :SIZE]
+rows, cols = np.mgrid[:SIZE, :SIZE]
 
 
 def load_textures() -> list[np.ndarray]:
@@ -66,16 +66,16 @@ def rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 def box(left: float, top: float, width: float, height: float) -> np.ndarray:
     """The mask `[SIZE, SIZE]` of a rectangle."""
-    return (COLS >= left) & (COLS < left + width) & (ROWS >= top) & (ROWS < top + height)
+    return (cols >= left) & (cols < left + width) & (rows >= top) & (rows < top + height)
 
 
 def ellipse(x: float, y: float, across: float, down: float) -> np.ndarray:
     """The mask of an ellipse around `(x, y)` with these radii."""
-    return ((COLS - x) / across) ** 2 + ((ROWS - y) / down) ** 2 <= 1
+    return ((cols - x) / across) ** 2 + ((rows - y) / down) ** 2 <= 1
 
 
 class Scene:
-    """One scene: `image` `[SIZE, SIZE, 3]` float32 in 0 to 255, and `labels` `[SIZE, SIZE]` uint8, painted back to front."""
+    """One scene, painted back to front: `image` `[SIZE, SIZE, 3]` float32, 0 to 255; `labels` `[SIZE, SIZE]` uint8."""
 
     def __init__(self, rng: Generator, textures: list[np.ndarray]):
         self.rng, self.textures = rng, textures
@@ -120,13 +120,11 @@ class Scene:
 
     def sky(self) -> None:
         if self.day:
-            top, low = (
-                rgb(self.uniform(0.5, 0.62), self.uniform(0.1, 0.5), self.uniform(0.6, 0.95)),
-                rgb(self.uniform(0, 0.15), 0.15, 0.95),
-            )
+            top = rgb(self.uniform(0.5, 0.62), self.uniform(0.1, 0.5), self.uniform(0.6, 0.95))
+            low = rgb(self.uniform(0, 0.15), 0.15, 0.95)
         else:
             top, low = rgb(self.uniform(0.6, 0.75), 0.6, 0.12), rgb(self.uniform(0.6, 0.9), 0.4, 0.3)
-        share = (ROWS / self.horizon)[..., None].clip(0, 1)
+        share = (rows / self.horizon)[..., None].clip(0, 1)
         cloud = Image.fromarray(np.ascontiguousarray(self.texture())).reduce(8).resize((SIZE, SIZE))
         self.paint(box(0, 0, SIZE, SIZE), (1 - share) * top + share * low, "sky", np.asarray(cloud), 25)
         if self.rng.random() < 0.3:
@@ -142,14 +140,14 @@ class Scene:
                 width, top = self.uniform(14, 30), self.uniform(5, self.horizon - 12)
                 house = box(left, top, width, SIZE) & ground
                 self.paint(house, self.muted(), "building", self.texture(0))
-                panes = house & ((COLS - int(left)) % 5 >= 3) & ((ROWS - int(top)) % 6 >= 3) & (ROWS > top + 2)
+                panes = house & ((cols - int(left)) % 5 >= 3) & ((rows - int(top)) % 6 >= 3) & (rows > top + 2)
                 self.paint(panes, rgb(0.13, 0.5, self.uniform(0.15, 0.9)), "building")
                 left += width + (self.uniform(0, 6) if self.rng.random() < 0.4 else 0)
         else:
             for _ in range(self.integer(3, 5)):
                 peak, top, slope = self.uniform(0, SIZE), self.uniform(5, self.horizon - 14), self.uniform(0.4, 1.0)
-                rough = 3 * np.sin(COLS / self.uniform(2, 5) + self.uniform(0, 6))
-                hill = (top + slope * abs(COLS - peak) + rough <= ROWS) & ground
+                rough = 3 * np.sin(cols / self.uniform(2, 5) + self.uniform(0, 6))
+                hill = (top + slope * abs(cols - peak) + rough <= rows) & ground
                 self.paint(hill, self.muted(), "mountain", self.texture(), 40)
             foot = box(0, self.horizon - self.uniform(4, 8), SIZE, SIZE) & ground
             self.paint(foot, self.muted(), "mountain", self.texture(), 40)
@@ -162,7 +160,7 @@ class Scene:
             crown = ellipse(x, y, radius, radius * self.uniform(0.7, 1.1))
             crown |= ellipse(x + self.uniform(-5, 5), y - 4, radius * 0.7, radius * 0.7)
             leaves = rgb(self.uniform(0, 0.5), self.uniform(0.2, 0.6), self.uniform(0.3, 0.7))
-            self.paint(crown & (self.horizon > ROWS), leaves, "tree", self.texture(1), 60)
+            self.paint(crown & (self.horizon > rows), leaves, "tree", self.texture(1), 60)
 
     def lanes(self) -> int:
         """Three lanes with a strip of paving behind each; where the last one ends."""
@@ -172,7 +170,7 @@ class Scene:
         for hue in hues:
             strip, height = self.integer(4, 9), self.integer(12, 15)
             self.paint(box(0, top, SIZE, strip), self.muted(), "sidewalk", self.texture(2))
-            joints = box(0, top, SIZE, strip) & ((COLS + self.integer(0, 7)) % 8 == 0)
+            joints = box(0, top, SIZE, strip) & ((cols + self.integer(0, 7)) % 8 == 0)
             self.image[joints] *= 0.7
             if self.rng.random() < 0.4:
                 self.fence(top + strip - 7)
@@ -189,7 +187,7 @@ class Scene:
     def fence(self, top: int) -> None:
         left, width = self.integer(0, SIZE - 40), self.integer(30, 60)
         self.paint(box(left, top, width, 6), self.muted(), "fence")
-        gaps = box(left, top, width, 6) & (COLS % 4 >= 2) & (ROWS - top != 1) & (ROWS - top != 4)
+        gaps = box(left, top, width, 6) & (cols % 4 >= 2) & (rows - top != 1) & (rows - top != 4)
         self.image[gaps] *= 0.45
 
     def traffic(self, top: int, height: int) -> None:
@@ -275,7 +273,7 @@ def pixel_baseline(seed: int, scenes: int = 200, per_scene: int = 300, test_scen
             image, annotation = scene(seed, split, i, textures)
             known = np.flatnonzero(annotation)
             chosen = rng.choice(known, min(per_scene, len(known)), replace=False)
-            position = np.stack((ROWS, COLS), -1)
+            position = np.stack((rows, cols), -1)
             inputs.append(np.concatenate((image, position), -1).reshape(-1, 5)[chosen])
             labels.append(annotation.reshape(-1)[chosen])
         return np.concatenate(inputs), np.concatenate(labels)
