@@ -1,0 +1,144 @@
+"""What tools/train.py, tools/test.py and tools/predict.py share: reading a config, fitting it to the machine, checks.
+
+Whatever is wrong with what the user gave is a `UserError` of one line, raised before any work is done.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmseg.utils import register_all_modules
+
+import fma2d.mmseg
+from tools.check_dataset import check_split
+
+# The top-level settings of a config that mmengine's Runner reads.
+RUNNER_KEYS = """model work_dir train_dataloader val_dataloader test_dataloader train_cfg val_cfg test_cfg auto_scale_lr
+optim_wrapper param_scheduler val_evaluator test_evaluator default_hooks custom_hooks data_preprocessor load_from resume
+launcher env_cfg log_processor log_level visualizer vis_backends default_scope randomness custom_imports tta_model
+tta_pipeline experiment_name model_wrapper_cfg""".split()
+SAMPLE = 64  # pairs of image and annotation read before a run
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its text says what, and what to do."""
+
+
+def run_tool(main: Callable[[], None]) -> int:
+    """Run a tool; a mistake of the user is one line on stderr, and 2 is returned."""
+    try:
+        main()
+    except (UserError, fma2d.mmseg.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_config(path: Path, options: dict | None = None) -> Config:
+    """A config with the options of the command line in it."""
+    if not path.is_file():
+        raise UserError(f"there is no config {path}")
+    register_all_modules(init_default_scope=False)
+    try:
+        cfg = Config.fromfile(str(path))
+    except (KeyError, TypeError, ValueError, AttributeError, NameError, SyntaxError, OSError, ImportError) as error:
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    known = [*RUNNER_KEYS, *cfg.keys()]
+    for key in options or {}:
+        check_option(cfg, key, known)
+    cfg.merge_from_dict(options or {})
+    for key in cfg:
+        if key not in RUNNER_KEYS and (close := difflib.get_close_matches(key, RUNNER_KEYS, 1, 0.9)):
+            raise UserError(f"{path} sets {key}, which nothing reads; {close[0]} is meant?")
+    init_default_scope(cfg.get("default_scope", "mmseg"))
+    return cfg
+
+
+def check_option(cfg: Config, key: str, known: list[str]) -> None:
+    """Refuse an option whose place in the config does not exist; the last name may be new, it is checked where read."""
+    *parents, _ = names = key.split(".")
+    if names[0] not in known:
+        close = difflib.get_close_matches(names[0], known, 1)
+        hint = f"; {close[0]} is meant?" if close else ""
+        raise UserError(f"--cfg-options {key}: the config has no {names[0]}{hint}")
+    node = cfg
+    for depth, name in enumerate(parents):
+        if isinstance(node, list | tuple) and name.isdecimal() and int(name) < len(node):
+            node = node[int(name)]
+        elif isinstance(node, dict | Config) and name in node:
+            node = node[name]
+        else:
+            raise UserError(f"--cfg-options {key}: the config has no {'.'.join(names[: depth + 1])}")
+
+
+def fit_to_machine(cfg: Config, launcher: str, amp: bool = False) -> None:
+    """Make one config run on a CPU, on one GPU and on many, and say what was changed.
+
+    SyncBN stays for several CUDA processes only; without CUDA the processes talk by gloo.
+    """
+    cuda = torch.cuda.is_available()
+    if amp:
+        if not cuda:
+            raise UserError("--amp needs a CUDA device, and there is none here; leave it out")
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    cfg.launcher = launcher
+    if launcher == "pytorch" and "RANK" not in os.environ:
+        raise UserError("--launcher pytorch is for torchrun: tools/dist_train.sh CONFIG PROCESSES")
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if launcher == "pytorch" else 1
+    if not (cuda and processes > 1) and (count := replace_sync_bn(cfg.model)):
+        print(f"SyncBN: replaced by BN in {count} places, as it needs several CUDA processes")
+    if launcher == "pytorch" and not cuda:
+        # mmengine would ask for a CUDA device whatever the backend; a group that exists it takes as it is.
+        torch.distributed.init_process_group("gloo")
+        cfg.env_cfg.dist_cfg.backend = "gloo"
+        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+        print(f"no CUDA: process {os.environ['RANK']} of {processes} on the CPU, by gloo")
+
+
+def replace_sync_bn(node) -> int:
+    """Turn each SyncBN in a config into BN; how many there were."""
+    if isinstance(node, list | tuple):
+        return sum(map(replace_sync_bn, node))
+    if not isinstance(node, dict):
+        return 0
+    count = sum(map(replace_sync_bn, node.values()))
+    if node.get("type") in ("SyncBN", "MMSyncBN"):
+        node["type"] = "BN"
+        count += 1
+    return count
+
+
+def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Raise `UserError` unless the data of these splits ("train", "val", "test") is there and a sample of it is sound."""
+    for split in splits:
+        dataset_cfg = cfg[f"{split}_dataloader"].dataset
+        if "dataset" in dataset_cfg or "datasets" in dataset_cfg:
+            print(f"{split} data: not checked, as it is a {dataset_cfg.type}")
+            continue
+        report = check_split(dataset_cfg, split, SAMPLE)
+        if report.problems:
+            raise UserError(
+                f"the {split} data is not as it should be: {'; '.join(report.problems)} "
+                "(python tools/check_dataset.py CONFIG reads all of it)"
+            )
+        print(f"{split} data: {report.images} images, {report.read} of them read, all well")
+
+
+def build_runner(cfg: Config, train: bool) -> Runner:
+    """A runner with its model and, for training, all else that a mistake in the config could stop."""
+    try:
+        runner = Runner.from_cfg(cfg)
+        if train:
+            _ = runner.train_loop, runner.val_loop
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        text = str(error.args[0] if error.args else error).strip().splitlines()
+        raise UserError(f"the config cannot be built: {type(error).__name__}: {text[0] if text else ''}") from error
+    return runner

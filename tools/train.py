@@ -1,0 +1,51 @@
+"""Trains a segmentation config of configs/ (or of your own) with mmsegmentation. Runs on a CPU, a GPU, or many.
+
+  python tools/train.py configs/scenes/segformer_fma2d-nano_1xb8-2k_scenes-128x128.py
+  tools/dist_train.sh configs/ade20k/segformer_fma2d-base_8xb2-160k_ade20k-512x512.py 8
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmengine.config import DictAction
+
+from tools.mmseg_runs import UserError, build_runner, check_data, fit_to_machine, read_config, run_tool
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config", type=Path)
+    add("--work-dir", type=Path, help="folder of checkpoints and logs (work_dirs/CONFIG)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the work dir")
+    add("--amp", action="store_true", help="mixed precision; needs a CUDA device")
+    add("--launcher", choices=("none", "pytorch"), default="none", help="pytorch: started by torchrun (none)")
+    add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings put into the config")
+    return parser.parse_args(argv)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check everything, then train."""
+    cfg = read_config(args.config, args.cfg_options)
+    cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("work_dirs") / args.config.stem)
+    if args.resume:
+        if not (Path(cfg.work_dir) / "last_checkpoint").is_file():
+            raise UserError(f"--resume: there is no checkpoint in {cfg.work_dir}")
+        cfg.resume = True
+    fit_to_machine(cfg, args.launcher, args.amp)
+    check_data(cfg, ("train", "val"))
+    build_runner(cfg, train=True).train()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; 2 if something the user gave is wrong."""
+    args = parse(argv)
+    return run_tool(lambda: train(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
