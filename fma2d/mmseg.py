@@ -162,11 +162,12 @@ def layout(state: dict[str, Tensor]) -> str:
 def load_safetensors(filename: str, map_location: str | None = None) -> dict:
     """A safetensors file as mmengine's checkpoints are: `state_dict`, and its metadata as `meta`."""
     with safe_open(filename, "pt", device=str(map_location or "cpu")) as file:
-        return dict(state_dict={name: file.get_tensor(name) for name in file.keys()}, meta=file.metadata() or {})
+        names = file.keys()  # the file itself cannot be iterated over
+        return dict(state_dict={name: file.get_tensor(name) for name in names}, meta=file.metadata() or {})
 
 
 def read_weights(filename: str, map_location: str = "cpu") -> dict[str, Tensor]:
-    """The state dict in a file, out of whatever it is wrapped in; of EMA weights and others, the EMA's are not taken."""
+    """The state dict in a file, out of what it may be wrapped in; weights averaged beside it (EMA) are not taken."""
     try:
         checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
     except FileNotFoundError:

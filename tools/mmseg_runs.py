@@ -19,10 +19,22 @@ import fma2d.mmseg
 from tools.check_dataset import check_split
 
 # The top-level settings of a config that mmengine's Runner reads.
-RUNNER_KEYS = """model work_dir train_dataloader val_dataloader test_dataloader train_cfg val_cfg test_cfg auto_scale_lr
-optim_wrapper param_scheduler val_evaluator test_evaluator default_hooks custom_hooks data_preprocessor load_from resume
-launcher env_cfg log_processor log_level visualizer vis_backends default_scope randomness custom_imports tta_model
-tta_pipeline experiment_name model_wrapper_cfg""".split()
+RUNNER_KEYS = (
+    *(
+        "model",
+        "data_preprocessor",
+        "model_wrapper_cfg",
+        "tta_model",
+        "tta_pipeline",
+        "load_from",
+        "resume",
+        "work_dir",
+    ),
+    *(f"{split}_{part}" for split in ("train", "val", "test") for part in ("dataloader", "cfg", "evaluator")),
+    *("optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks", "custom_hooks", "randomness"),
+    *("launcher", "env_cfg", "log_processor", "log_level", "visualizer", "vis_backends", "experiment_name"),
+    *("default_scope", "custom_imports"),
+)
 SAMPLE = 64  # pairs of image and annotation read before a run
 
 
@@ -116,7 +128,7 @@ def replace_sync_bn(node) -> int:
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Raise `UserError` unless the data of these splits ("train", "val", "test") is there and a sample of it is sound."""
+    """Raise `UserError` unless the data of these splits ("train", "val", "test") is there, and a sample of it sound."""
     for split in splits:
         dataset_cfg = cfg[f"{split}_dataloader"].dataset
         if "dataset" in dataset_cfg or "datasets" in dataset_cfg:

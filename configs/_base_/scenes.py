@@ -1,5 +1,9 @@
 # Generated scenes (tools/make_scenes.py) and a schedule of minutes on a CPU, from random weights.
-_base_ = ["mmseg::_base_/datasets/ade20k.py", "mmseg::_base_/default_runtime.py", "mmseg::_base_/schedules/schedule_20k.py"]
+_base_ = [
+    "mmseg::_base_/datasets/ade20k.py",
+    "mmseg::_base_/default_runtime.py",
+    "mmseg::_base_/schedules/schedule_20k.py",
+]
 data_root = "data/scenes"
 crop_size = (128, 128)
 train_pipeline = [
@@ -18,7 +22,7 @@ train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(data_root=data
 val_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_iters = 2000
+max_iters = 1000
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
@@ -27,8 +31,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
-    dict(type="PolyLR", eta_min=0.0, power=0.9, begin=200, end=max_iters, by_epoch=False),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type="PolyLR", eta_min=0.0, power=0.9, begin=100, end=max_iters, by_epoch=False),
 ]
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=500)
 default_hooks = dict(
