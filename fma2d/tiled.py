@@ -25,9 +25,8 @@ def source_range(part: Range, size: int, source: int) -> Range:
 def taps(part: Range, size: int, source: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For each place of `part`: the two source places that are mixed, and the share of the second."""
     # As torch computes them, in float32, for align_corners=False.
-    place = (
-        torch.arange(*part, dtype=torch.float32, device=device).add_(0.5).mul_(source / size).sub_(0.5).clamp_(min=0)
-    )
+    place = torch.arange(*part, dtype=torch.float32, device=device)
+    place = ((place + 0.5) * (source / size) - 0.5).clamp_(min=0)
     low = place.long().clamp_(max=source - 1)
     return low, (low + 1).clamp_(max=source - 1), place - low
 

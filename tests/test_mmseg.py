@@ -1,0 +1,187 @@
+"""The backbone in mmengine's registry, its checkpoints, and every shipped config."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from mmseg.utils import register_all_modules
+from safetensors.torch import save_file
+
+import fma2d.mmseg
+from fma2d.mmseg import ARCHS, FMA2D, CheckpointError, load_model
+from tools.mmseg_runs import replace_sync_bn
+
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "configs").glob("*/*.py")
+    if "_fma2d-" in path.name or "_mit" in path.name
+)
+SMALL = dict(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), head_dim=8)
+
+
+def read(path):
+    register_all_modules()
+    cfg = Config.fromfile(str(path))
+    replace_sync_bn(cfg.model)
+    return cfg
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_from_a_clean_directory(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = read(path)
+    crop = tuple(cfg.crop_size)
+    assert cfg.model.data_preprocessor.size == crop
+    assert [step.crop_size for step in cfg.train_pipeline if step.type == "RandomCrop"] in ([crop], [])
+    # MiT's constructor reads numbers out of tensors, which the meta device has none of.
+    with torch.device("cpu" if "_mit" in path.name else "meta"):
+        model = MODELS.build(cfg.model)
+    if isinstance(model.backbone, FMA2D):
+        assert cfg.model.backbone.img_size == crop
+        optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+        undecayed = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+        for name, parameter in model.backbone.named_parameters():
+            assert (id(parameter) in undecayed) == ("kernels" in name or "norm" in name), name
+    if "large" in path.name or "base" in path.name:
+        return
+    small = (64, 96)
+    cfg.model.data_preprocessor.size = small
+    model = MODELS.build(cfg.model)
+    labels = PixelData(data=torch.randint(0, cfg.model.decode_head.num_classes, (1, *small)))
+    samples = [SegDataSample(gt_sem_seg=labels) for _ in range(2)]
+    losses = model.loss(torch.randn(2, 3, *small), samples)
+    losses["decode.loss_ce"].backward()
+    assert losses["decode.loss_ce"].isfinite()
+    assert all(p.grad is not None for p in model.parameters()), "every parameter must take part, for DDP"
+
+
+@pytest.mark.parametrize("size", [(255, 255), (112, 137), (512, 683)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_features_of_odd_sizes(size):
+    model = FMA2D("nano").eval()
+    with torch.inference_mode():
+        features = model(torch.randn(1, 3, *size))
+    expected = [(1, dim, *(-(-n // (4 * 2**i)) for n in size)) for i, dim in enumerate(ARCHS["nano"]["dims"])]
+    assert [tuple(f.shape) for f in features] == expected
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_state_dict_naming_for_timm_and_mmseg(arch):
+    with torch.device("meta"):
+        ours, timms = FMA2D(arch).state_dict(), timm.create_model(f"fma2d_{arch}", num_classes=0).state_dict()
+    assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in timms.items()}
+
+
+def classifier():
+    return timm.create_model("fma2d_nano", num_classes=5, img_size=64, **SMALL)
+
+
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "module", "segmentor", "safetensors", "prefix"])
+def test_pretrained_files_of_every_kind(wrap, tmp_path, caplog):
+    source = classifier()
+    state = source.state_dict()
+    path = tmp_path / ("x.safetensors" if wrap == "safetensors" else "x.pth")
+    if wrap == "safetensors":
+        save_file(state, path, metadata=dict(rank="4"))
+    elif wrap in ("state_dict", "model"):
+        torch.save({wrap: state, "epoch": 3}, path)
+    elif wrap == "bare":
+        torch.save(state, path)
+    else:
+        prefix = dict(module="module.", segmentor="backbone.", prefix="encoder.")[wrap]
+        rest = {} if wrap == "module" else {"decode_head.x": torch.zeros(1)}
+        torch.save(dict(state_dict={prefix + n: w for n, w in state.items()} | rest), path)
+    init_cfg = dict(type="Pretrained", checkpoint=str(path), **(dict(prefix="encoder.") if wrap == "prefix" else {}))
+    model = MODELS.build(dict(type="FMA2D", arch=SMALL, img_size=64, init_cfg=init_cfg))
+    model.init_weights()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, state[name]), name
+
+
+def test_kernels_are_carried_to_another_crop(tmp_path):
+    """A model built for 64 px, into one for 256 px with more levels: the file's kernels, resampled, never an error."""
+    torch.save(classifier().state_dict(), tmp_path / "x.pth")
+    model = FMA2D(SMALL, img_size=256, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "x.pth")))
+    model.init_weights()
+    assert model.stages[0].blocks[0].attn.kernels.shape[0] > 1
+
+
+def test_a_file_that_does_not_fit_is_one_clear_error(tmp_path):
+    path = str(tmp_path / "nano.pth")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        FMA2D(SMALL, init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
+    state = FMA2D("nano").state_dict()
+    torch.save(state, path)
+    with (
+        pytest.raises(CheckpointError, match=r"file is of arch 'nano' .* the model of arch 'base'"),
+        torch.device("meta"),
+    ):
+        FMA2D("base", init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
+    del state["stages.1.blocks.1.attn.qkv.bias"]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"has no stages\.1\.blocks\.1\.attn\.qkv\.bias"):
+        FMA2D("nano", init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
+    torch.save(dict(conv=torch.zeros(1)), path)
+    with pytest.raises(CheckpointError, match="holds no weights of an FMA2D backbone"):
+        FMA2D("nano", init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
+
+
+def test_a_whole_model_loads_whole_or_not_at_all(tmp_path):
+    path = next(path for path in CONFIGS if "fma2d-nano_1xb" in path.name)
+    cfg = read(path)
+    model = MODELS.build(cfg.model)
+    state = model.state_dict()
+    save_file(state, tmp_path / "all.safetensors")
+    other = MODELS.build(cfg.model)
+    load_model(other, str(tmp_path / "all.safetensors"))
+    assert all(torch.equal(weight, state[name]) for name, weight in other.state_dict().items())
+    del state["decode_head.conv_seg.bias"]
+    save_file(state, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match=r"decode_head\.conv_seg\.bias"):
+        load_model(other, str(tmp_path / "part.safetensors"))
+
+
+def test_safetensors_wherever_mmengine_takes_a_checkpoint(tmp_path):
+    save_file(dict(x=torch.arange(3.0)), tmp_path / "x.safetensors", metadata=dict(rank="4"))
+    loaded = CheckpointLoader.load_checkpoint(str(tmp_path / "x.safetensors"), "cpu")
+    assert loaded["meta"] == dict(rank="4") and loaded["state_dict"]["x"].tolist() == [0, 1, 2]
+
+
+def test_settings_of_the_backbone():
+    model = FMA2D(SMALL, out_indices=(0, 2), frozen_stages=1, with_cp=True, drop_path_rate=0.2)
+    assert model.train() is model and model.eval() is model
+    model.train()
+    assert len(model.stages) == 3 and not model.stages[0].training and model.stages[1].training
+    features = model(torch.randn(1, 3, 64, 64))
+    assert [f.shape[1] for f in features] == [8, 24]
+    features[-1].sum().backward()
+    assert {name.split(".")[1] for name, p in model.named_parameters() if p.grad is None} == {"0"}
+    with pytest.raises(TypeError, match="cel_size"):
+        FMA2D("nano", cel_size=4)
+    for bad in (dict(arch="huge"), dict(out_indices=(2, 1)), dict(out_indices=(4,)), dict(frozen_stages=5)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            FMA2D(**(dict(arch="nano") | bad))
+
+
+def test_recomputing_changes_nothing():
+    one, other = FMA2D(SMALL, drop_path_rate=0.0), FMA2D(SMALL, drop_path_rate=0.0, with_cp=True)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(2, 3, 70, 50)
+    for model in (one, other):
+        sum(f.square().sum() for f in model(x)).backward()
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_packaged_bases_are_found_whatever_the_distribution_is_called():
+    """onedl-mmengine 0.10.12 looked for a distribution "mmsegmentation" only: `mmseg::` bases failed beside onedl's."""
+    from mmengine.hub import get_config
+
+    assert fma2d.mmseg.MODULE2PACKAGE["mmseg"] in ("mmseg", "mmsegmentation")
+    assert get_config("mmseg::_base_/schedules/schedule_160k.py").train_cfg.max_iters == 160000

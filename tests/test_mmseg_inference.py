@@ -1,0 +1,136 @@
+"""Segmentation in tiles against mmsegmentation's own whole mode, and tools/predict.py."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, init_default_scope
+from mmseg.structures import SegDataSample
+from mmseg.utils import register_all_modules
+from PIL import Image
+from torch.nn import functional as F
+
+import fma2d.mmseg  # noqa: F401  (registers the backbone)
+from fma2d.tiled import resize_part, segment, source_range
+from tools import predict
+
+
+def small_model(head="SegformerHead", classes=7, **options):
+    """A tiny segmentor whose random weights tell its classes apart, in evaluation mode."""
+    register_all_modules(init_default_scope=False)
+    init_default_scope("mmseg")
+    extra = dict(pool_scales=(1, 2), align_corners=False) if head == "UPerHead" else {}
+    cfg = dict(
+        type="EncoderDecoder",
+        data_preprocessor=dict(type="SegDataPreProcessor", mean=[120] * 3, std=[60] * 3, bgr_to_rgb=True),
+        backbone=dict(
+            type="FMA2D", arch=dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), head_dim=8), cell_size=4, **options
+        ),
+        decode_head=dict(
+            type=head,
+            in_channels=[8, 16, 24, 32],
+            in_index=[0, 1, 2, 3],
+            channels=16,
+            num_classes=classes,
+            norm_cfg=dict(type="BN"),
+            **extra,
+        ),
+        test_cfg=dict(mode="whole"),
+    )
+    model = MODELS.build(ConfigDict(cfg))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # a head that has seen something: not the identity
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    return model.eval()
+
+
+@pytest.mark.parametrize("size, source", [(37, 10), (10, 37), (64, 16), (19, 19), (5, 1), (255, 64)])
+def test_a_part_of_a_resized_map_is_that_part_of_the_whole(size, source):
+    x = torch.randn(2, source, source + 3)
+    sizes, sources = (size, 2 * size), x.shape[-2:]
+    whole = F.interpolate(x[None], sizes, mode="bilinear", align_corners=False)[0]
+    for parts in [
+        ((0, size), (0, 2 * size)),
+        ((size // 2, size), (size - 1, size + 3)),
+        ((0, 1), (2 * size - 1, 2 * size)),
+    ]:
+        rows, cols = (slice(*source_range(p, n, s)) for p, n, s in zip(parts, sizes, sources, strict=True))
+        part = resize_part(x[:, rows, cols], parts, sizes, sources)
+        expected = whole[:, slice(*parts[0]), slice(*parts[1])]
+        # A place is known to some float32 steps of the extent; values differ by at most 8 from one place to the next.
+        torch.testing.assert_close(part, expected, atol=1e-6 + 8 * 2**-23 * max(sources), rtol=0)
+
+
+@pytest.mark.parametrize("head", ["SegformerHead", "UPerHead"])
+@pytest.mark.parametrize("shape, original, tile", [((61, 83), (61, 83), 17), ((64, 96), (131, 190), 50)])
+def test_tiles_give_the_classes_of_the_whole_mode(head, shape, original, tile):
+    """Odd sizes, an image that was resized before the network, tiles that divide nothing."""
+    model = small_model(head)
+    image = torch.randn(1, 3, *shape)
+    meta = dict(img_shape=shape, ori_shape=original, pad_shape=shape, padding_size=(0, 0, 0, 0))
+    with torch.inference_mode():
+        (sample,) = model.predict(image, [SegDataSample(metainfo=meta)])
+    found = segment(model, image, original, tile)
+    expected = sample.pred_sem_seg.data[0].to(found.dtype)
+    assert len(expected.unique()) > 3, "the random model must tell classes apart, else nothing is tested"
+    assert (found != expected).sum() <= 2e-4 * found.numel()  # ties but for rounding
+
+
+def test_head_never_sees_the_whole_map():
+    """What sets the peak of memory: the fused map exists for one tile at a time."""
+    model = small_model()
+    largest = []
+    model.decode_head.fusion_conv.register_forward_hook(
+        lambda module, args, out: largest.append(out.shape[-2:].numel())
+    )
+    segment(model, torch.randn(1, 3, 128, 128), tile=32)
+    assert len(largest) == 16 and max(largest) <= 10 * 10
+
+
+def test_predict_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    cfg = predict.read_config(predict.CONFIG)
+    predict.replace_sync_bn(cfg.model)
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / "weights.pth")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for name, shape in {"a.jpg": (70, 101, 3), "b.png": (64, 64, 3)}.items():
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(photos / name)
+    out = tmp_path / "out"
+    arguments = [str(photos), "--config", str(predict.CONFIG), "--checkpoint", str(tmp_path / "weights.pth")]
+    assert predict.main([*arguments, "--out", str(out), "--device", "cpu", "--full-size"]) == 0
+    assert "peak memory" in capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {
+        *("a_overlay.png", "a_classes.png", "b_overlay.png", "b_classes.png", "legend.png", "areas.csv")
+    }
+    with open(out / "areas.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    classes = np.asarray(Image.open(out / "a_classes.png"))
+    assert classes.shape == (70, 101) and classes.min() >= 1  # ADE20K's annotations count classes from 1
+    of_a = {int(row["label"]): int(row["pixels"]) for row in rows if row["image"].endswith("a.jpg")}
+    assert of_a == {int(i): int((classes == i).sum()) for i in np.unique(classes)}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.jpg"], "there is no image nowhere.jpg"),
+        (["{empty}"], "holds no image"),
+        (["{text}"], "cannot be read as an image"),
+        (["{text}", "--config", "nowhere.py", "--checkpoint", "x.pth"], "there is no config nowhere.py"),
+        (["{text}", "--config", str(predict.CONFIG), "--checkpoint", "x.pth"], "there is no file x.pth"),
+    ],
+)
+def test_predict_says_what_is_wrong_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no image")
+    if "cannot be read" in message:
+        monkeypatch.setattr(predict, "Predictor", lambda *args: None)
+    places = dict(empty=tmp_path / "empty", text=tmp_path / "text.jpg")
+    assert predict.main([a.format(**places) for a in arguments] + ["--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.splitlines()[-1].startswith("error: ")
