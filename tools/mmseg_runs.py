@@ -6,7 +6,8 @@ Whatever is wrong with what the user gave is a `UserError` of one line, raised b
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -145,12 +146,24 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
 
 def build_runner(cfg: Config, train: bool) -> Runner:
     """A runner with its model and, for training, all else that a mistake in the config could stop."""
-    try:
+    with building("the model"):
         runner = Runner.from_cfg(cfg)
-        if train:
-            _ = runner.train_loop, runner.val_loop
+    if train:
+        with building("train_dataloader, train_cfg"):
+            _ = runner.train_loop
+        with building("val_dataloader, val_cfg, val_evaluator"):
+            _ = runner.val_loop
+        with building("optim_wrapper"):
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    return runner
+
+
+@contextmanager
+def building(part: str) -> Iterator[None]:
+    """Turn what goes wrong while a part of the config is built into a `UserError`."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         text = str(error.args[0] if error.args else error).strip().splitlines()
-        raise UserError(f"the config cannot be built: {type(error).__name__}: {text[0] if text else ''}") from error
-    return runner
+        line = f"{type(error).__name__}: {text[0] if text else ''}"
+        raise UserError(f"the config is wrong, {part} cannot be built: {line}") from error

@@ -1,0 +1,226 @@
+"""The tools around mmsegmentation: generated scenes, the data checker, training, testing, and what they refuse."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmseg.datasets import ADE20KDataset
+from PIL import Image
+
+from tools import check_dataset, make_scenes, mmseg_runs, test, train
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb8-1k_scenes-128x128.py"
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    make_scenes.write(folder, {"training": 6, "validation": 3}, seed=0)
+    return folder
+
+
+@pytest.fixture
+def copy(scenes, tmp_path):
+    return Path(shutil.copytree(scenes, tmp_path / "scenes"))
+
+
+def options(folder, **more):
+    """--cfg-options for a run of seconds on the data in a folder."""
+    settings = {f"{split}_dataloader.dataset.data_root": folder for split in ("train", "val", "test")}
+    settings |= {f"{split}_dataloader.num_workers": 0 for split in ("train", "val", "test")}
+    settings |= {f"{split}_dataloader.persistent_workers": False for split in ("train", "val", "test")}
+    return ["--cfg-options", *(f"{name}={value}" for name, value in (settings | more).items())]
+
+
+SMALL_RUN = {
+    "train_dataloader.batch_size": 2,
+    "train_cfg.max_iters": 4,
+    "train_cfg.val_interval": 4,
+    "default_hooks.checkpoint.interval": 2,
+    "default_hooks.logger.interval": 1,
+}
+
+
+def test_scenes_are_frozen():
+    """The same generator version, seed and index give the same labels, whatever else is generated."""
+    textures = make_scenes.load_textures()
+    labels = [make_scenes.scene(0, split, i, textures)[1] for split in make_scenes.SPLITS for i in (0, 3)]
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in labels)).hexdigest()
+    assert (make_scenes.VERSION, digest[:16]) == (1, "b21fa4a519697812")
+
+
+def test_scenes_have_the_layout_and_the_labels_of_ade20k(scenes):
+    names = ADE20KDataset.METAINFO["classes"]
+    assert all(names[label - 1].strip() == name for name, label in make_scenes.LABELS.items() if label)
+    assert (scenes / "images/training/ADE_train_00000001.jpg").is_file()
+    assert (scenes / "annotations/validation/ADE_val_00000003.png").is_file()
+    assert "generated" in json.loads((scenes / "generated.json").read_text())["what"]
+    for path in (scenes / "annotations").rglob("*.png"):
+        labels = {int(i) for i in np.unique(np.asarray(Image.open(path)))}
+        assert labels <= set(make_scenes.LABELS.values())
+        # One sky and one skyline a scene: never both of a pair, and the meadow follows the skyline.
+        assert len(labels & {37, 88}) == 1 and len(labels & {10, 30}) == 1 and (2 in labels) == (10 in labels)
+
+
+@pytest.mark.slow
+def test_colour_and_position_do_not_tell_the_classes():
+    assert np.mean(list(make_scenes.pixel_baseline(seed=0).values())) < 0.40
+
+
+def test_checker_counts_and_finds_nothing_wrong(scenes, capsys):
+    assert check_dataset.main([str(CONFIG), "--data-root", str(scenes)]) == 0
+    out = capsys.readouterr().out
+    assert "train: 6 images, 6 annotations, 6 pairs read" in out and "all well" in out
+
+
+def break_label(folder, image, annotation):
+    labels = np.asarray(Image.open(annotation)).copy()
+    labels[3, 5] = 151
+    Image.fromarray(labels).save(annotation)
+
+
+def break_size(folder, image, annotation):
+    Image.open(annotation).resize((64, 64), 0).save(annotation)
+
+
+def break_channels(folder, image, annotation):
+    Image.open(annotation).convert("RGB").save(annotation)
+
+
+BROKEN = {
+    "there is no folder": lambda folder, image, annotation: shutil.rmtree(folder / "annotations/training"),
+    "holds no image whose name ends with .jpg": lambda folder, image, annotation: [
+        path.rename(path.with_suffix(".jpeg")) for path in image.parent.iterdir()
+    ],
+    "1 x image without annotation: ADE_train_00000002": lambda folder, image, annotation: annotation.unlink(),
+    "1 x annotation without image: ADE_train_00000002": lambda folder, image, annotation: image.unlink(),
+    "1 x annotation with a label beyond 150, such as 151": break_label,
+    "1 x annotation of another size than its image": break_size,
+    "1 x annotation that is not one channel of 8 bits": break_channels,
+    "1 x image that cannot be read": lambda folder, image, annotation: image.write_bytes(image.read_bytes()[:400]),
+    "1 x annotation that cannot be read": lambda folder, image, annotation: annotation.write_bytes(b"png"),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_checker_finds(message, copy):
+    image = copy / "images/training/ADE_train_00000002.jpg"
+    BROKEN[message](copy, image, copy / "annotations/training/ADE_train_00000002.png")
+    cfg = dict(type="ADE20KDataset", data_root=str(copy))
+    cfg["data_prefix"] = dict(img_path="images/training", seg_map_path="annotations/training")
+    report = check_dataset.check_split(cfg, "train", sample=64)
+    assert message in check_dataset.describe(report)
+    assert len(report.problems) == 1
+
+
+def refuse(tool, arguments, capsys):
+    """The one line of a refusal, which comes before any training."""
+    assert tool.main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1
+    return lines[-1]
+
+
+def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
+    def refused(*arguments, folder=scenes, config=CONFIG, **more):
+        work_dir = tmp_path / "work"
+        return refuse(train, [config, "--work-dir", work_dir, *arguments, *options(folder, **more)], capsys)
+
+    assert "there is no config nowhere.py" in refused(config="nowhere.py")
+    assert "--amp needs a CUDA device" in refused("--amp")
+    assert "--launcher pytorch is for torchrun" in refused("--launcher", "pytorch")
+    assert "--resume: there is no checkpoint in" in refused("--resume")
+    assert "there is no folder" in refused(folder=tmp_path / "nowhere")
+    assert "has no model.bacbone" in refused(**{"model.bacbone.arch": "tiny"})
+    assert "optim_wrapper is meant?" in refused(**{"optim_wraper.type": "x"})
+    assert "cel_size" in refused(**{"model.backbone.cel_size": 4})
+    assert "optim_wrapper cannot be built" in refused(**{"optim_wrapper.optimizer.type": "AdamWW"})
+    misspelt = tmp_path / "misspelt.py"
+    misspelt.write_text(f"_base_ = [{str(CONFIG)!r}]\ntrain_dataloder = dict(batch_size=2)\n")
+    assert "sets train_dataloder" in refused(config=misspelt)
+    break_label(copy, None, copy / "annotations/validation/ADE_val_00000001.png")
+    assert "label beyond 150" in refused(folder=copy)
+    torch.save(mmseg_runs.fma2d.mmseg.FMA2D("nano").state_dict(), tmp_path / "nano.pth")
+    pretrained = f"dict(type='Pretrained', checkpoint={str(tmp_path / 'nano.pth')!r})"
+    config = tmp_path / "base.py"
+    config.write_text(f"_base_ = [{str(CONFIG)!r}]\nmodel = dict(backbone=dict(arch='base', init_cfg={pretrained}),")
+    with open(config, "a") as file:
+        file.write(" decode_head=dict(in_channels=[128, 256, 512, 1024]))\n")
+    assert "the file is of arch 'nano'" in (error := refused(config=config)) and "arch 'base'" in error
+    assert not list((tmp_path / "work").glob("*.pth"))
+
+
+def command(*arguments):
+    return [sys.executable, *map(str, arguments)]
+
+
+def environment():
+    return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+def test_train_kill_resume_test(scenes, tmp_path, capsys):
+    """Training by the command line: killed, resumed to its end, and tested at one scale and at several."""
+    run = dict(SMALL_RUN) | {"train_cfg.max_iters": 8, "train_cfg.val_interval": 8}
+    arguments = [ROOT / "tools/train.py", CONFIG, *options(scenes, **run)]
+    process = subprocess.Popen(
+        command(*arguments, "--work-dir", tmp_path / "killed"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed/last_checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = subprocess.run(
+        command(arguments[0], CONFIG, "--work-dir", tmp_path / "killed", "--resume", *arguments[2:]),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "SyncBN: replaced by BN" in resumed.stdout and "resumed" in (resumed.stdout + resumed.stderr).lower()
+    checkpoint = tmp_path / "killed/iter_8.pth"
+    results = []
+    for extra in ([], ["--tta", "--out", str(tmp_path / "predictions")]):
+        assert (
+            test.main([str(CONFIG), str(checkpoint), "--work-dir", str(tmp_path / "t"), *extra, *options(scenes)]) == 0
+        )
+        results.append(capsys.readouterr().out.splitlines()[-1])
+    assert all("mIoU" in line for line in results)
+    assert len(list((tmp_path / "predictions").glob("ADE_val_*.png"))) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_cpu(scenes, tmp_path):
+    """The same config file under torchrun, by gloo."""
+    found = subprocess.run(
+        [
+            str(ROOT / "tools/dist_train.sh"),
+            str(CONFIG),
+            "2",
+            "--work-dir",
+            str(tmp_path),
+            *options(scenes, **SMALL_RUN),
+        ],
+        env=environment() | dict(PYTHON=sys.executable),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "process 1 of 2 on the CPU, by gloo" in found.stdout
+    assert (tmp_path / "iter_4.pth").is_file()
