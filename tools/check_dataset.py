@@ -48,7 +48,7 @@ def check_split(dataset_cfg: dict, name: str, sample: int | None = None, progres
     folders = [Path(dataset.data_prefix[key]) for key in ("img_path", "seg_map_path")]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         report.problems.append(
-            f"there is no folder {' and no '.join(map(str, missing))}; docs/segmentation.md says what belongs there, and "
+            f"there is no folder {' and no '.join(map(str, missing))}; docs/segmentation.md says what belongs there; "
             "--cfg-options SPLIT_dataloader.dataset.data_root=FOLDER names another place"
         )
         return report

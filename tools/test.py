@@ -4,6 +4,7 @@ python tools/test.py configs/scenes/segformer_fma2d-nano_1xb8-1k_scenes-128x128.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from mmengine.config import Config, DictAction
+from torch import nn
 
+from fma2d.checkpoint import save_checkpoint
 from fma2d.mmseg import load_model
 from tools.mmseg_runs import build_runner, check_data, fit_to_machine, read_config, run_tool
 
@@ -25,9 +28,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--work-dir", type=Path, help="folder of the log (work_dirs/CONFIG)")
     add("--tta", action="store_true", help="average over six scales and flips")
     add("--out", type=Path, help="folder to write predictions to, as annotation files")
+    add("--publish", type=Path, metavar="FILE", help="write the weights and this result to a .safetensors file")
     add("--launcher", choices=("none", "pytorch"), default="none", help="pytorch: started by torchrun (none)")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings put into the config")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.publish and args.publish.suffix != ".safetensors":
+        parser.error(f"--publish: the file must end in .safetensors, got {args.publish}")
+    return args
 
 
 def use_tta(cfg: Config) -> None:
@@ -39,8 +46,22 @@ def use_tta(cfg: Config) -> None:
     cfg.model = cfg.tta_model
 
 
-def test(args: argparse.Namespace) -> dict[str, float]:
-    """Check everything, then test; the metrics."""
+def publish(model: nn.Module, path: Path, cfg: Config, metrics: dict[str, float]) -> None:
+    """Write the weights with the config's name and the result as metadata, and the file's sha256 beside it."""
+    about = Path(cfg.test_dataloader.dataset.data_root, "generated.json")
+    digest = save_checkpoint(
+        model,
+        path,
+        config=Path(cfg.filename).stem,
+        data=json.loads(about.read_text()) if about.is_file() else cfg.test_dataloader.dataset.type,
+        metrics={name: round(float(value), 2) for name, value in metrics.items() if np.isscalar(value)},
+    )
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, sha256 {digest}")
+
+
+def test(args: argparse.Namespace) -> None:
+    """Check everything, then test."""
     cfg = read_config(args.config, args.cfg_options)
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("work_dirs") / args.config.stem)
     fit_to_machine(cfg, args.launcher)
@@ -51,10 +72,12 @@ def test(args: argparse.Namespace) -> dict[str, float]:
         cfg.test_evaluator.output_dir = str(args.out)
     runner = build_runner(cfg, train=False)
     model = getattr(runner.model, "module", runner.model)  # of a parallel or a TTA wrapper
-    load_model(getattr(model, "module", model), str(args.checkpoint))
+    model = getattr(model, "module", model)
+    load_model(model, str(args.checkpoint))
     metrics = runner.test()
     print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items() if np.isscalar(value)))
-    return metrics
+    if args.publish:
+        publish(model, args.publish, cfg, metrics)
 
 
 def main(argv: list[str] | None = None) -> int:
