@@ -1,4 +1,4 @@
-"""Whole-image segmentation: FMA2D and mmsegmentation's MiT with SegFormer's head, 150 classes, from image to classes."""
+"""Whole-image segmentation, from image to 150 classes: FMA2D and mmsegmentation's MiT under SegFormer's head."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,9 +7,10 @@ import timm
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, Registry
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.structures import PixelData
+from mmseg.registry import MODELS as SEGMENTATION_MODELS
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
 from safetensors.torch import save_file
@@ -69,6 +70,12 @@ def test_features_of_odd_sizes(size):
         features = model(torch.randn(1, 3, *size))
     expected = [(1, dim, *(-(-n // (4 * 2**i)) for n in size)) for i, dim in enumerate(ARCHS["nano"]["dims"])]
     assert [tuple(f.shape) for f in features] == expected
+
+
+def test_libraries_find_the_backbone_through_the_root_registry():
+    register_all_modules()
+    mmdets = Registry("model", parent=MODELS, scope="mmdet_like")
+    assert SEGMENTATION_MODELS.get("FMA2D") is mmdets.get("FMA2D") is FMA2D
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from mmseg.datasets import ADE20KDataset
 from PIL import Image
+from safetensors import safe_open
 
 from tools import check_dataset, make_scenes, mmseg_runs, test, train
 
@@ -195,13 +196,18 @@ def test_train_kill_resume_test(scenes, tmp_path, capsys):
     assert "SyncBN: replaced by BN" in resumed.stdout and "resumed" in (resumed.stdout + resumed.stderr).lower()
     checkpoint = tmp_path / "killed/iter_8.pth"
     results = []
-    for extra in ([], ["--tta", "--out", str(tmp_path / "predictions")]):
+    published = tmp_path / "model.safetensors"
+    for extra in (["--publish", str(published)], ["--tta", "--out", str(tmp_path / "predictions")]):
         assert (
             test.main([str(CONFIG), str(checkpoint), "--work-dir", str(tmp_path / "t"), *extra, *options(scenes)]) == 0
         )
         results.append(capsys.readouterr().out.splitlines()[-1])
-    assert all("mIoU" in line for line in results)
+    assert "sha256" in results[0] and "mIoU" in results[1]
     assert len(list((tmp_path / "predictions").glob("ADE_val_*.png"))) == 3
+    digest, _, name = Path(f"{published}.sha256").read_text().strip().partition("  ")
+    assert (hashlib.sha256(published.read_bytes()).hexdigest(), published.name) == (digest, name)
+    with safe_open(published, "pt") as file:
+        assert "mIoU" in json.loads(file.metadata()["metrics"]) and file.metadata()["cell_size"] == "4"
 
 
 @pytest.mark.slow

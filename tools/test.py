@@ -4,6 +4,7 @@ python tools/test.py configs/scenes/segformer_fma2d-nano_1xb8-1k_scenes-128x128.
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def use_tta(cfg: Config) -> None:
     """Make the test pipeline that of test-time augmentation."""
-    loader = cfg.test_dataloader = Config(cfg.test_dataloader.to_dict())  # no longer the validation's
+    loader = cfg.test_dataloader = copy.deepcopy(cfg.test_dataloader)  # it may be the validation's too
     loader.dataset.pipeline = cfg.tta_pipeline
     loader.batch_size = 1
     cfg.tta_model.module = cfg.model
