@@ -64,6 +64,11 @@ def head_part(head: nn.Module, features: Sequence[Tensor], parts: Sequence[Range
     return head.cls_seg(head.fusion_conv(torch.cat(maps, 1)))
 
 
+def smallest_integer(classes: int) -> torch.dtype:
+    """That counts so many classes."""
+    return torch.uint8 if classes <= 256 else torch.int16
+
+
 @torch.inference_mode()
 def segment(
     model: nn.Module,
@@ -98,7 +103,7 @@ def segment(
     whole = None if in_tiles else head(features)
     map_size = (features[head.in_index[0]] if in_tiles else whole).shape[-2:]
 
-    result = torch.empty(height, width, dtype=torch.uint8 if head.num_classes <= 256 else torch.int16)
+    result = torch.empty(height, width, dtype=smallest_integer(head.num_classes))
     rows = [(start, min(start + tile, height)) for start in range(0, height, tile)]
     cols = [(start, min(start + tile, width)) for start in range(0, width, tile)]
     for parts in progress([(r, c) for r in rows for c in cols]):

@@ -21,16 +21,8 @@ from tools.check_dataset import check_split
 
 # The top-level settings of a config that mmengine's Runner reads.
 RUNNER_KEYS = (
-    *(
-        "model",
-        "data_preprocessor",
-        "model_wrapper_cfg",
-        "tta_model",
-        "tta_pipeline",
-        "load_from",
-        "resume",
-        "work_dir",
-    ),
+    *("model", "data_preprocessor", "model_wrapper_cfg", "tta_model", "tta_pipeline"),
+    *("work_dir", "load_from", "resume"),
     *(f"{split}_{part}" for split in ("train", "val", "test") for part in ("dataloader", "cfg", "evaluator")),
     *("optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks", "custom_hooks", "randomness"),
     *("launcher", "env_cfg", "log_processor", "log_level", "visualizer", "vis_backends", "experiment_name"),
@@ -61,7 +53,7 @@ def read_config(path: Path, options: dict | None = None) -> Config:
     try:
         cfg = Config.fromfile(str(path))
     except (KeyError, TypeError, ValueError, AttributeError, NameError, SyntaxError, OSError, ImportError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     known = [*RUNNER_KEYS, *cfg.keys()]
     for key in options or {}:
         check_option(cfg, key, known)
@@ -164,6 +156,10 @@ def building(part: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        text = str(error.args[0] if error.args else error).strip().splitlines()
-        line = f"{type(error).__name__}: {text[0] if text else ''}"
+        line = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"the config is wrong, {part} cannot be built: {line}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text; mmengine wraps one error into another and repeats tracebacks in their texts."""
+    return next(iter(str(error.args[0] if error.args else error).strip().splitlines()), "")

@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fma2d.mmseg import load_model
-from fma2d.tiled import segment
+from fma2d.tiled import segment, smallest_integer
 from tools.mmseg_runs import UserError, read_config, replace_sync_bn, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ class Predictor:
         self.names = [name.strip() for name in dataset.metainfo["classes"]]
         self.palette = np.array(dataset.metainfo["palette"], np.uint8)
         skipped = {"LoadImageFromFile", "LoadAnnotations", *({"Resize"} if full_size else ())}
-        steps = [step for step in cfg.test_pipeline if step["type"] not in skipped]
+        steps = [step for step in cfg.test_dataloader.dataset.pipeline if step["type"] not in skipped]
         self.pipeline = Compose([dict(type="LoadImageFromNDArray"), *steps])
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ class Predictor:
         if self.mode == "slide":
             with torch.inference_mode():
                 (sample,) = self.model.test_step(data)
-            return sample.pred_sem_seg.data[0].to(torch.int16).cpu().numpy()
+            return sample.pred_sem_seg.data[0].to(smallest_integer(len(self.names))).cpu().numpy()
         image = self.model.data_preprocessor(data)["inputs"]
         bar = partial(tqdm, desc="tiles", unit="tile", leave=False, dynamic_ncols=True)
         return segment(self.model, image, picture.shape[:2], self.tile, bar).numpy()
@@ -154,6 +154,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.opacity <= 1 or args.tile < 1:
         parser.error("--opacity must be from 0 to 1, --tile at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     if args.checkpoint is None:
         if args.config != CONFIG:
             parser.error("--config needs the --checkpoint that belongs to it")
@@ -181,7 +183,7 @@ def predict(args: argparse.Namespace) -> None:
             seen.add(int(i))
     with open(args.out / "areas.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "label", "class", "pixels", "share"), *rows])
-    predictor.legend(sorted(seen), f"{args.config.stem}").savefig(args.out / "legend.png", bbox_inches="tight")
+    predictor.legend(sorted(seen), args.config.stem).savefig(args.out / "legend.png", bbox_inches="tight")
     seconds = time.monotonic() - started
     print(f"{len(paths)} images in {seconds:.1f} s, peak memory {peak_memory(args.device)}; results in {args.out}")
 

@@ -1,4 +1,4 @@
-# FMA2D-L with SegFormer's head on ADE20K, as in arXiv:2310.11960v4; pre-training on ImageNet-22K.
+# FMA2D-L with SegFormer's head on ADE20K, the model of arXiv:2310.11960v4; pre-training on ImageNet-22K.
 _base_ = [
     "../_base_/segformer_fma2d.py",
     "mmseg::_base_/datasets/ade20k_640x640.py",
