@@ -121,21 +121,20 @@ class FMA2D(FMA2DBackbone, BaseModule):
             state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
         own = {name: weight for name, weight in state.items() if name.startswith("stages.")}
         built = {name: weight for name, weight in own.items() if int(name.split(".")[1]) < len(self.stages)}
-        if misfit := self._misfit(built):
+        if misfit := self.misfit(built):
             raise CheckpointError(f"{checkpoint} does not fit this backbone: {misfit}")
         self.load_state_dict(built)
         left_out = {".".join(name.split(".")[:2]) for name in state.keys() - built.keys()}
         note = f", left out: {', '.join(sorted(left_out))}" if left_out else ""
         print_log(f"backbone: {len(built)} weights loaded from {checkpoint}{note}", "current", logging.INFO)
 
-    def _misfit(self, state: dict[str, Tensor]) -> str | None:
+    def misfit(self, state: dict[str, Tensor]) -> str | None:
         """What is wrong with weights meant for this backbone: one line, or None."""
         if not state:
             return "it holds no weights of an FMA2D backbone (names that start with 'stages.')"
         expected = {name: weight for name, weight in self.state_dict().items() if not name.endswith(".kernels")}
-        dims, depths = layout(expected), layout(state)
-        if dims != depths:
-            return f"the file is of {depths}, the model of {dims}"
+        if (mine := layout(expected)) != (theirs := layout(state)):
+            return f"the file is of {theirs}, the model of {mine}"
         for name, weight in expected.items():
             if name not in state:
                 return f"the file has no {name}"
@@ -188,7 +187,7 @@ def load_model(model: nn.Module, filename: str) -> None:
     """
     state = read_weights(filename)
     backbone = {n.removeprefix("backbone."): w for n, w in state.items() if n.startswith("backbone.")}
-    if isinstance(model.backbone, FMA2D) and (misfit := model.backbone._misfit(backbone)):
+    if isinstance(model.backbone, FMA2D) and (misfit := model.backbone.misfit(backbone)):
         raise CheckpointError(f"{filename} does not fit the model of the config: {misfit}")
     try:
         model.load_state_dict(state)

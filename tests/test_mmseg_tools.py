@@ -145,6 +145,7 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert "has no model.bacbone" in refused(**{"model.bacbone.arch": "tiny"})
     assert "optim_wrapper is meant?" in refused(**{"optim_wraper.type": "x"})
     assert "cel_size" in refused(**{"model.backbone.cel_size": 4})
+    assert "ADE20K" in refused(**{"train_dataloader.dataset.type": "ADE20KDatset"})
     assert "optim_wrapper cannot be built" in refused(**{"optim_wrapper.optimizer.type": "AdamWW"})
     misspelt = tmp_path / "misspelt.py"
     misspelt.write_text(f"_base_ = [{str(CONFIG)!r}]\ntrain_dataloder = dict(batch_size=2)\n")
