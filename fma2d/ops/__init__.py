@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from inspect import signature
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def multipole_attention(
     key_mask = check_call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, cell_size, rank, causal, scale)
     options = Options(cell_size, rank, causal, count_bias, q.shape[-1] ** -0.5 if scale is None else float(scale))
     if backend == "auto":
-        backend = "triton" if _why_not_triton(q) is None else "torch"
+        backend = "triton" if q.device.type == "cuda" and _why_not_triton(q) is None else "torch"
     elif (reason := why_not(backend, q)) is not None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
     if backend == "reference":
@@ -98,7 +100,17 @@ CALL_OPTIONS = signature(multipole_attention).parameters.keys() - {"q", "k", "v"
 
 
 def _why_not_triton(q: Tensor) -> str | None:
-    return "this version of fma2d has no triton kernels yet"
+    if q.dim() == 6:
+        return "its kernels are for one and two grid axes"
+    if q.dtype == torch.float64:
+        return "its kernels compute in float32; float64 needs the torch backend"
+    if q.device.type != "cuda" and not _interpreting():
+        return f"q is on {q.device.type!r}: its kernels run on CUDA devices, elsewhere under TRITON_INTERPRET=1 only"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

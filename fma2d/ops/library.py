@@ -16,7 +16,7 @@ from ..geometry import count_pairs
 from .options import Options
 
 # Module with forward and backward of each backend behind the op; imported when first used.
-BACKENDS = {"torch": ".blocked"}
+BACKENDS = {"torch": ".blocked", "triton": ".triton_backend"}
 
 
 def flatten_kernels(key_kernels, value_kernels, query_kernels) -> tuple[list[Tensor], list[int]]:
