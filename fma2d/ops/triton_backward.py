@@ -1,0 +1,232 @@
+"""The near field's backward kernels: every gradient has one writer, probabilities are recomputed from lse.
+
+With `delta = sum(d_out * out) - d_lse` of a query, the gradient of a score is `p * (d_out.v - delta)`. `prepare` lays
+lse and delta out by cell. Gradients that came by way of summary tokens (`extra`) are added on the last store.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_geometry import (
+    LOG2_E,
+    NOBODY,
+    SIZES,
+    by_cell,
+    first_token,
+    lattice_extents,
+    load_columns,
+    load_rows,
+    load_tokens,
+    own_entry,
+    split_program,
+    store_rows,
+    token_tile,
+    window,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def prepare(
+    out, d_out, lse, d_lse,  # tokens; lse natural and d_lse [B, H, W, heads]
+    mask,
+    lse_by_cell, delta_by_cell,
+    state_lse, d_state, state_delta,  # SUMS: of level 1, [B, entries, heads], the second with channels
+    height, width, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr,
+    CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Lse and delta of one cell's tokens; with SUMS also their sums over its sub-cells, for the linear far field.
+
+    A column of the far field that all tokens `t` of a sub-cell share, of lse `f`, gets from them the value gradient
+    `sum of 2**(f - lse_t) d_out_t`, and likewise `delta`. Here it is made for `f = state_lse`, the least `lse_t`, so that
+    every factor is at most 1; a column's own lse is never above that.
+    """
+    CHUNKS: tl.constexpr = PAD // BLOCK
+    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
+    _, cell, batch_head = split_program(cells_y * cells_x, 1)
+    batch, head = batch_head // heads, batch_head % heads
+    cell_y, cell_x = cell // cells_x, cell % cells_x
+    token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
+    lse += token * heads + head
+    d_lse += token * heads + head
+    out += (token * heads + head) * HEAD_DIM
+    d_out += (token * heads + head) * HEAD_DIM
+
+    part = tl.arange(0, BLOCK_P)
+    is_part = part < PARTS_Y * PARTS_X
+    entry = (cell_y * PARTS_Y + part // PARTS_X) * (cells_x * PARTS_X) + cell_x * PARTS_X + part % PARTS_X
+    least = tl.full([BLOCK_P], NOBODY, tl.float32)
+    if SUMS:
+        for chunk in range(CHUNKS):
+            y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+            score = tl.load(lse + (y * width + x) * heads, mask=exists, other=NOBODY) * LOG2_E
+            own = own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y, CELL_X, PARTS_Y, PARTS_X)
+            shared = is_part[:, None] & exists[None, :] & (own[None, :] == entry[:, None])
+            least = tl.minimum(least, tl.min(tl.where(shared, score[None, :], NOBODY), 1))
+
+    sums = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    delta_sums = tl.zeros([BLOCK_P], tl.float32)
+    for chunk in range(CHUNKS):
+        y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+        offsets = (y * width + x) * heads
+        score = tl.load(lse + offsets, mask=exists, other=0.0) * LOG2_E
+        score = tl.where(exists, score, NOBODY)
+        rows = load_rows(out, offsets * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
+        d_rows = load_rows(d_out, offsets * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
+        delta = tl.sum(rows.to(tl.float32) * d_rows.to(tl.float32), 1)
+        delta -= tl.load(d_lse + offsets, mask=exists, other=0.0)
+        place = by_cell(batch_head, cell, chunk, cells_y * cells_x, PAD, BLOCK)
+        tl.store(lse_by_cell + place, score)
+        tl.store(delta_by_cell + place, delta)
+        if SUMS:
+            own = own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y, CELL_X, PARTS_Y, PARTS_X)
+            shared = is_part[:, None] & exists[None, :] & (own[None, :] == entry[:, None])
+            weights = tl.where(shared, tl.exp2(least[:, None] - score[None, :]), 0.0)
+            sums = tl.dot(weights.to(d_rows.dtype), d_rows, sums, input_precision=PRECISION)
+            delta_sums += tl.sum(weights * delta[None, :], 1)
+    if SUMS:
+        entries = cells_y * PARTS_Y * (cells_x * PARTS_X)
+        row = (batch * entries + entry) * heads + head
+        store_rows(d_state, row * HEAD_DIM, is_part, sums, HEAD_DIM, BLOCK_D)
+        tl.store(state_lse + row, least, mask=is_part)
+        tl.store(state_delta + row, delta_sums, mask=is_part)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def near_dq(
+    q, k, v, q_strides, k_strides, v_strides, mask, far_k, far_v, bias,  # as in `near_forward`
+    d_out, lse, delta,  # tokens; by cell
+    extra, d_q,  # tokens; extra: float32 or None
+    factor, sign, scale, height, width, heads, levels, entries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, FAR_BLOCK: tl.constexpr,
+    CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
+    FAR: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile of queries, by near tokens and far columns."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
+    COLUMNS: tl.constexpr = (3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X
+    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
+    chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
+    batch, head = batch_head // heads, batch_head % heads
+    cell_y, cell_x = cell // cells_x, cell % cells_x
+    y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+    token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
+    first_channel = (token * heads + head) * HEAD_DIM
+    offsets = (y * width + x) * heads * HEAD_DIM
+    queries = load_tokens(
+        q, q_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
+    )  # fmt: skip
+    queries = (queries.to(tl.float32) * sign).to(DTYPE)
+    d_rows = load_rows(d_out + first_channel, offsets, exists, HEAD_DIM, BLOCK_D)
+    place = by_cell(batch_head, cell, chunk, cells_y * cells_x, PAD, BLOCK)
+    own_lse, own_delta = tl.load(lse + place)[:, None], tl.load(delta + place)[:, None]
+
+    d_queries = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    if FAR == "columns":
+        start = 0
+        for level in range(1, levels + 1):
+            for first_column in tl.static_range(0, COLUMNS, FAR_BLOCK):
+                keys, values, addend = load_columns(
+                    far_k, far_v, bias, first_column + tl.arange(0, FAR_BLOCK), level, start, batch, head,
+                    cell_y, cell_x, height, width, heads, entries,
+                    HEAD_DIM, BLOCK_D, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS, DTYPE,
+                )  # fmt: skip
+                scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
+                d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
+                d_scores = tl.exp2(scores - own_lse) * (d_weights - own_delta)
+                d_queries = tl.dot(d_scores.to(DTYPE), keys, d_queries, input_precision=PRECISION)
+            extent_y, extent_x = lattice_extents(level, height, width, CELL_X, PARTS_Y, PARTS_X)
+            start += extent_y * extent_x
+
+    first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, not CAUSAL, FAR == "none")
+    for step in range(rows * columns * CHUNKS):
+        chunk_k, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
+        cell_ky, cell_kx = first_y + step_y, first_x + step_x
+        ky, kx, _, present = token_tile(
+            mask, batch, chunk_k, cell_ky, cell_kx, height, width, CELL_Y, CELL_X, BLOCK
+        )  # fmt: skip
+        keys = load_tokens(
+            k, k_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        values = load_tokens(
+            v, v_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        seen = present[None, :]
+        if CAUSAL:
+            seen = seen & (cell_kx * CELL_X + kx[None, :] <= cell_x * CELL_X + x[:, None])
+        products = tl.where(seen, products, float("-inf"))
+        d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
+        d_scores = tl.exp2(products * factor - own_lse) * (d_weights - own_delta)
+        d_queries = tl.dot(d_scores.to(DTYPE), keys, d_queries, input_precision=PRECISION)
+
+    d_queries *= scale
+    if extra is not None:
+        d_queries += load_rows(extra + first_channel, offsets, exists, HEAD_DIM, BLOCK_D)
+    d_queries = tl.where(exists[:, None], d_queries, 0.0)
+    store_rows(d_q + first_channel, offsets, inside, d_queries, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def near_dkdv(
+    q, k, v, q_strides, k_strides, v_strides, mask, d_out, lse, delta,  # as in `near_dq`
+    extra_k, extra_v, d_k, d_v,  # tokens; extra: float32 or None
+    factor, sign, scale, height, width, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr,
+    CELL_Y: tl.constexpr, CELL_X: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one tile of keys and values, by the queries of the cells around it: rows are keys here."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
+    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
+    chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
+    batch, head = batch_head // heads, batch_head % heads
+    cell_y, cell_x = cell // cells_x, cell % cells_x
+    y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+    keys = load_tokens(
+        k, k_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
+    )  # fmt: skip
+    keys = (keys.to(tl.float32) * sign).to(DTYPE)
+    values = load_tokens(
+        v, v_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
+    )  # fmt: skip
+
+    d_keys = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    d_values = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, not CAUSAL, True, WHOLE)
+    for step in range(rows * columns * CHUNKS):
+        chunk_q, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
+        cell_qy, cell_qx = first_y + step_y, first_x + step_x
+        qy, qx, _, asking = token_tile(
+            mask, batch, chunk_q, cell_qy, cell_qx, height, width, CELL_Y, CELL_X, BLOCK
+        )  # fmt: skip
+        queries = load_tokens(
+            q, q_strides, batch, head, cell_qy, cell_qx, qy, qx, asking, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        token = first_token(batch, cell_qy, cell_qx, height, width, CELL_Y, CELL_X)
+        first_channel = (token * heads + head) * HEAD_DIM
+        d_rows = load_rows(d_out + first_channel, (qy * width + qx) * heads * HEAD_DIM, asking, HEAD_DIM, BLOCK_D)
+        place = by_cell(batch_head, cell_qy * cells_x + cell_qx, chunk_q, cells_y * cells_x, PAD, BLOCK)
+        # The lse of a query that does not exist makes its weights 0.
+        their_lse, their_delta = tl.load(lse + place)[None, :], tl.load(delta + place)[None, :]
+        products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        if CAUSAL:
+            seen = cell_x * CELL_X + x[:, None] <= cell_qx * CELL_X + qx[None, :]
+            products = tl.where(seen, products, float("-inf"))
+        weights = tl.exp2(products * factor - their_lse)
+        d_values = tl.dot(weights.to(DTYPE), d_rows, d_values, input_precision=PRECISION)
+        d_weights = tl.dot(values, tl.trans(d_rows), input_precision=PRECISION)
+        d_scores = weights * (d_weights - their_delta)
+        d_keys = tl.dot(d_scores.to(DTYPE), queries, d_keys, input_precision=PRECISION)
+
+    token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
+    first_channel = (token * heads + head) * HEAD_DIM
+    offsets = (y * width + x) * heads * HEAD_DIM
+    d_keys *= scale
+    if extra_k is not None:
+        d_keys += load_rows(extra_k + first_channel, offsets, exists, HEAD_DIM, BLOCK_D)
+        d_values += load_rows(extra_v + first_channel, offsets, exists, HEAD_DIM, BLOCK_D)
+    store_rows(d_k + first_channel, offsets, inside, tl.where(exists[:, None], d_keys, 0.0), HEAD_DIM, BLOCK_D)
+    store_rows(d_v + first_channel, offsets, inside, tl.where(exists[:, None], d_values, 0.0), HEAD_DIM, BLOCK_D)
