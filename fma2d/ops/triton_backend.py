@@ -28,20 +28,47 @@ Kernels = list[list[Tensor]]
 PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
 # Without coarse levels, a grid is cut into cells like these, and each sees all others.
 WHOLE_GRID_CELL = {1: (1, 64), 2: (8, 8)}
+# The compute capability that the interpreter stands for.
+INTERPRETER = (9, 0)
 # The gradients of a parent's summary keys are summed in at most so many pieces.
 MOST_PIECES = 64
 
 
 class Tile(NamedTuple):
-    """How a kernel is compiled; `block`: rows of a tile at most."""
+    """How a kernel is compiled.
+
+    Attributes:
+        block: rows of a program's tile at most.
+        step: rows of the other side that it meets at a time, at most.
+        num_warps: for `block` rows; fewer for a smaller tile.
+    """
 
     block: int = 64
+    step: int = 64
     num_warps: int = 4
     num_stages: int = 2
 
 
-def choose_tile(kernel: str, head_dim: int, dtype: torch.dtype) -> Tile:
-    return Tile()
+def choose_tile(kernel: str, capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tile:
+    """Tiles with which a kernel compiles without spills, within the shared memory of its architecture."""
+    single, wide = dtype == torch.float32, head_dim > 64
+    if kernel in ("near_forward", "near_dq"):
+        if single:
+            return Tile(32, 16, 8, 1) if wide else Tile(32, 32, 4, 2)
+        return Tile(64, 32, 4, 2) if wide else Tile(64, 64, 4, 3)
+    if kernel == "near_dkdv":
+        if single:
+            return Tile(32, 16, 8, 1) if wide else Tile(32, 32, 8, 1)
+        if wide:
+            return Tile(64, 32, 8, 2)
+        return Tile(64, 64, 4, 2) if capability[0] == 9 else Tile(64, 32, 4, 2)
+    if kernel == "column_dkdv":
+        return Tile(16, 16 if single and wide else 32, 4, 1 if single else 2)
+    if kernel in ("merge_levels", "collect"):
+        return Tile(32, num_warps=4)
+    if kernel == "prepare":
+        return Tile(32 if single else 64, num_warps=4, num_stages=1)
+    return Tile(16, num_warps=4, num_stages=1 if wide else 2)  # parents: few positions, float32
 
 
 class Lattices(NamedTuple):
@@ -121,6 +148,8 @@ class _Call:
         batch, heads, *grid, head_dim = q.shape
         self.options, self.key_mask, self.grid = options, key_mask, tuple(grid)
         self.dtype, self.device, self.ndim = q.dtype, q.device, len(grid)
+        on_gpu = q.device.type == "cuda"
+        self.capability = torch.cuda.get_device_capability(q.device) if on_gpu else INTERPRETER
         self.shape = (batch, *grid, heads, head_dim)
         self.levels = num_levels(self.grid, options.cell_size) if batch else 0
         self.far = "none" if self.levels == 0 else "columns" if query_kernels is None else "state"
@@ -156,7 +185,6 @@ class _Call:
             **dict(PAD=_padded(self.cell), PAD_K=_padded(self.parent), MOST=MOST_PIECES, PRECISION=PRECISION[q.dtype]),
             **dict(SIDE_Y=self.cell[0], SIDE_X=self.cell[1]),
             **dict(BLOCK_P=max(16, triton.next_power_of_2(options.rank))),
-            "FAR_BLOCK": min(64, max(16, triton.next_power_of_2((3 if self.ndim == 1 else 27) * options.rank))),
         }
 
     def _bias(self, q: Tensor) -> Tensor:
@@ -175,19 +203,19 @@ class _Call:
         Args:
             split: a program makes one tile of a cell; else it makes a whole cell.
         """
-        tile = choose_tile(kernel.__name__, self.shape[-1], self.dtype)
-        block, block_q = min(tile.block, _block(cell)), min(tile.block, _block(self.cell))
-        known = self.arguments | dict(CELL_Y=cell[0], CELL_X=cell[1], BLOCK=block, BLOCK_Q=block_q) | arguments
-        rows = max(block, block_q if "BLOCK_Q" in kernel.arg_names else 0)
+        tile = choose_tile(kernel.__name__, self.capability, self.shape[-1], self.dtype)
+        block, step = min(tile.block, _block(cell)), min(tile.step, _block(self.cell))
+        columns = max(16, triton.next_power_of_2((3 if self.ndim == 1 else 27) * self.options.rank))
+        own = dict(CELL_Y=cell[0], CELL_X=cell[1], BLOCK=block, STEP=step, FAR_BLOCK=min(tile.step, columns))
+        known = self.arguments | own | arguments
         programs = self.shape[0] * self.shape[-2] * count * (-(-prod(cell) // block) if split else 1)
-        if programs == 0:
-            return
+        compilation = dict(num_warps=max(1, tile.num_warps * block // tile.block), num_stages=tile.num_stages)
+        if programs:
+            self._run(kernel, programs, {name: known[name] for name in kernel.arg_names}, compilation)
+
+    def _run(self, kernel, programs: int, arguments: dict, compilation: dict) -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernel[(programs,)](
-                **{name: known[name] for name in kernel.arg_names},
-                num_warps=max(1, tile.num_warps * rows // 64),
-                num_stages=tile.num_stages,
-            )
+            kernel[(programs,)](**arguments, **compilation)
 
     def _numbers(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -197,11 +225,15 @@ class _Call:
         shape = (self.shape[0], entries, *self.shape[-2:])
         return self._numbers(*shape), self._numbers(*shape[:-1])
 
+    def _lattice_dtype(self) -> torch.dtype:
+        return self.dtype if self.far == "columns" else torch.float32
+
     def summarise(self) -> Lattices:
         if self.levels == 0:
             return Lattices()
         lattices = summarise(self.summarised, self.kernels, self.key_mask, self.options, self.levels)
-        packed = [torch.cat([x.flatten(1, -3) for x in levels], 1) for levels in lattices]
+        dtype = self._lattice_dtype()
+        packed = [torch.cat([x.flatten(1, -3).to(dtype) for x in levels], 1) for levels in lattices]
         return Lattices(*[None] * (3 - len(packed)), *packed)
 
     def summarise_backward(self, d_lattices: Lattices) -> tuple[list[Tensor | None], list[Kernels]]:
@@ -231,8 +263,7 @@ class _Call:
         """The far field of the summary queries of level 1."""
         far, far_lse = self._coarse_forward(lattices)
         out, lse = self._lattice(prod(self.extents[0]))
-        blocks = -(-prod(self.extents[0]) // 64)
-        self._launch(triton_forward.merge_levels, blocks, (1, 64), far=far, far_lse=far_lse, out=out, lse=lse)
+        self._launch(triton_forward.merge_levels, 1, (1, prod(self.extents[0])), far=far, far_lse=far_lse, out=out, lse=lse)
         return dict(far_v=out, far_lse=lse)
 
     def _coarse_forward(self, lattices: Lattices) -> tuple[Tensor, Tensor]:
@@ -269,7 +300,7 @@ class _Call:
         delta = torch.empty_like(lse)
         state = dict(zip(("state_lse", "d_state", "state_delta"), queries.state, strict=True))
         self._launch(
-            triton_backward_far.collect, self.entries, (1, 32), **state, far_lse=lse, d_out=d_out, delta=delta
+            triton_backward_far.collect, self.entries, (1, 32), split=False, **state, far_lse=lse, d_out=d_out, delta=delta
         )  # fmt: skip
         coarse = lattices._asdict() | dict(d_out=d_out, lse=lse, delta=delta)
         self._launch(triton_backward_far.coarse_dq, sum(self.parents), self.parent, **coarse, d_q=d_q)

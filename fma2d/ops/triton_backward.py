@@ -59,7 +59,7 @@ def prepare(
     least = tl.full([BLOCK_P], NOBODY, tl.float32)
     if SUMS:
         for chunk in range(CHUNKS):
-            y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+            y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
             score = tl.load(lse + (y * width + x) * heads, mask=exists, other=NOBODY) * LOG2_E
             own = own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y, CELL_X, PARTS_Y, PARTS_X)
             shared = is_part[:, None] & exists[None, :] & (own[None, :] == entry[:, None])
@@ -68,7 +68,7 @@ def prepare(
     sums = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     delta_sums = tl.zeros([BLOCK_P], tl.float32)
     for chunk in range(CHUNKS):
-        y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+        y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
         offsets = (y * width + x) * heads
         score = tl.load(lse + offsets, mask=exists, other=0.0) * LOG2_E
         score = tl.where(exists, score, NOBODY)
@@ -82,7 +82,7 @@ def prepare(
         if SUMS:
             own = own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y, CELL_X, PARTS_Y, PARTS_X)
             shared = is_part[:, None] & exists[None, :] & (own[None, :] == entry[:, None])
-            weights = tl.where(shared, tl.exp2(least[:, None] - score[None, :]), 0.0)
+            weights = tl.exp2(tl.where(shared, least[:, None] - score[None, :], float("-inf")))
             sums = tl.dot(weights.to(d_rows.dtype), d_rows, sums, input_precision=PRECISION)
             delta_sums += tl.sum(weights * delta[None, :], 1)
     if SUMS:
@@ -99,14 +99,15 @@ def near_dq(
     d_out, lse, delta,  # tokens; by cell
     extra, d_q,  # tokens; extra: float32 or None
     factor, sign, scale, height, width, heads, levels, entries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, FAR_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, FAR_BLOCK: tl.constexpr,
     CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
     FAR: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of queries, by near tokens and far columns."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    COLUMNS: tl.constexpr = (3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X
+    STEPS: tl.constexpr = (CELL_Y * CELL_X + STEP - 1) // STEP  # to meet a cell
+    COLUMN_TILES: tl.constexpr = ((3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X + FAR_BLOCK - 1) // FAR_BLOCK
     cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
     chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
     batch, head = batch_head // heads, batch_head % heads
@@ -126,26 +127,25 @@ def near_dq(
     d_queries = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     if FAR == "columns":
         start = 0
-        for level in range(1, levels + 1):
-            for first_column in tl.static_range(0, COLUMNS, FAR_BLOCK):
-                keys, values, addend = load_columns(
-                    far_k, far_v, bias, first_column + tl.arange(0, FAR_BLOCK), level, start, batch, head,
-                    cell_y, cell_x, height, width, heads, entries,
-                    HEAD_DIM, BLOCK_D, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS, DTYPE,
-                )  # fmt: skip
-                scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
-                d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
-                d_scores = tl.exp2(scores - own_lse) * (d_weights - own_delta)
-                d_queries = tl.dot(d_scores.to(DTYPE), keys, d_queries, input_precision=PRECISION)
+        for step in range(levels * COLUMN_TILES):
+            level, number = 1 + step // COLUMN_TILES, step % COLUMN_TILES * FAR_BLOCK + tl.arange(0, FAR_BLOCK)
+            keys, values, addend = load_columns(
+                far_k, far_v, bias, number, level, start, batch, head, cell_y, cell_x, height, width, heads, entries,
+                HEAD_DIM, BLOCK_D, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS,
+            )  # fmt: skip
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
+            d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
+            d_scores = tl.exp2(scores - own_lse) * (d_weights - own_delta)
+            d_queries = tl.dot(d_scores.to(DTYPE), keys, d_queries, input_precision=PRECISION)
             extent_y, extent_x = lattice_extents(level, height, width, CELL_X, PARTS_Y, PARTS_X)
-            start += extent_y * extent_x
+            start += tl.where(step % COLUMN_TILES == COLUMN_TILES - 1, extent_y * extent_x, 0)
 
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, not CAUSAL, FAR == "none")
-    for step in range(rows * columns * CHUNKS):
-        chunk_k, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
+    for step in range(rows * columns * STEPS):
+        chunk_k, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
         cell_ky, cell_kx = first_y + step_y, first_x + step_x
         ky, kx, _, present = token_tile(
-            mask, batch, chunk_k, cell_ky, cell_kx, height, width, CELL_Y, CELL_X, BLOCK
+            mask, batch, chunk_k, cell_ky, cell_kx, height, width, CELL_Y, CELL_X, STEP
         )  # fmt: skip
         keys = load_tokens(
             k, k_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
@@ -174,12 +174,13 @@ def near_dkdv(
     q, k, v, q_strides, k_strides, v_strides, mask, d_out, lse, delta,  # as in `near_dq`
     extra_k, extra_v, d_k, d_v,  # tokens; extra: float32 or None
     factor, sign, scale, height, width, heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr,
     CELL_Y: tl.constexpr, CELL_X: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of keys and values, by the queries of the cells around it: rows are keys here."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
+    STEPS: tl.constexpr = (CELL_Y * CELL_X + STEP - 1) // STEP  # to meet a cell
     cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
     chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
     batch, head = batch_head // heads, batch_head % heads
@@ -196,11 +197,11 @@ def near_dkdv(
     d_keys = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     d_values = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, not CAUSAL, True, WHOLE)
-    for step in range(rows * columns * CHUNKS):
-        chunk_q, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
+    for step in range(rows * columns * STEPS):
+        chunk_q, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
         cell_qy, cell_qx = first_y + step_y, first_x + step_x
         qy, qx, _, asking = token_tile(
-            mask, batch, chunk_q, cell_qy, cell_qx, height, width, CELL_Y, CELL_X, BLOCK
+            mask, batch, chunk_q, cell_qy, cell_qx, height, width, CELL_Y, CELL_X, STEP
         )  # fmt: skip
         queries = load_tokens(
             q, q_strides, batch, head, cell_qy, cell_qx, qy, qx, asking, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
@@ -208,7 +209,7 @@ def near_dkdv(
         token = first_token(batch, cell_qy, cell_qx, height, width, CELL_Y, CELL_X)
         first_channel = (token * heads + head) * HEAD_DIM
         d_rows = load_rows(d_out + first_channel, (qy * width + qx) * heads * HEAD_DIM, asking, HEAD_DIM, BLOCK_D)
-        place = by_cell(batch_head, cell_qy * cells_x + cell_qx, chunk_q, cells_y * cells_x, PAD, BLOCK)
+        place = by_cell(batch_head, cell_qy * cells_x + cell_qx, chunk_q, cells_y * cells_x, PAD, STEP)
         # The lse of a query that does not exist makes its weights 0.
         their_lse, their_delta = tl.load(lse + place)[None, :], tl.load(delta + place)[None, :]
         products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)

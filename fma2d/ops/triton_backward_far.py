@@ -180,7 +180,7 @@ def column_dkdv(
     d_out, lse, delta,  # tokens; by cell
     partial_k, partial_v,  # float32 [B, heads, slots, positions, channels], a slot for each piece
     factor, sign, height, width, heads, entries, slots,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD_K: tl.constexpr, BLOCK_Q: tl.constexpr, PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD_K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr,
     MOST: tl.constexpr,
     SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,  # of a base cell
     CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
@@ -189,7 +189,7 @@ def column_dkdv(
     """Sums over one piece of the queries of one parent's summary keys and values: rows are keys."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    QUERY_CHUNKS: tl.constexpr = (SIDE_Y * SIDE_X + BLOCK_Q - 1) // BLOCK_Q
+    STEPS: tl.constexpr = (SIDE_Y * SIDE_X + STEP - 1) // STEP
     chunk, slot, batch_head = split_program(slots, CHUNKS)
     batch, head = batch_head // heads, batch_head % heads
     level, start, piece = 1, 0, slot
@@ -208,8 +208,8 @@ def column_dkdv(
     y, x, exists = lattice_tile(chunk, cell_y, cell_x, extent_y, extent_x, CELL_Y, CELL_X, BLOCK)
     entry = batch * entries + start + y * extent_x + x
     offsets = (entry * heads + head) * HEAD_DIM
-    keys = (load_rows(k, offsets, exists, HEAD_DIM, BLOCK_D) * sign).to(DTYPE)
-    values = load_rows(v, offsets, exists, HEAD_DIM, BLOCK_D).to(DTYPE)
+    keys = (load_rows(k, offsets, exists, HEAD_DIM, BLOCK_D).to(tl.float32) * sign).to(DTYPE)
+    values = load_rows(v, offsets, exists, HEAD_DIM, BLOCK_D)
     addend = log_counts(bias, entry, y, x, exists, level, height, width, SIDE_X, PARTS_Y, PARTS_X, COUNT_BIAS)
 
     # The base cells of the parents around; a parent of level l has 2**l of them a side.
@@ -222,11 +222,11 @@ def column_dkdv(
     share = tl.cdiv(rows * columns, pieces)
     d_keys = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     d_values = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for step in range(piece * share * QUERY_CHUNKS, tl.minimum((piece + 1) * share, rows * columns) * QUERY_CHUNKS):
-        chunk_q, step_y, step_x = step % QUERY_CHUNKS, step // QUERY_CHUNKS // columns, step // QUERY_CHUNKS % columns
+    for step in range(piece * share * STEPS, tl.minimum((piece + 1) * share, rows * columns) * STEPS):
+        chunk_q, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
         cell_qy, cell_qx = (first_y << level) + step_y, (first_x << level) + step_x
         qy, qx, _, asking = token_tile(
-            mask, batch, chunk_q, cell_qy, cell_qx, height, width, SIDE_Y, SIDE_X, BLOCK_Q
+            mask, batch, chunk_q, cell_qy, cell_qx, height, width, SIDE_Y, SIDE_X, STEP
         )  # fmt: skip
         queries = load_tokens(
             q, q_strides, batch, head, cell_qy, cell_qx, qy, qx, asking, SIDE_Y, SIDE_X, HEAD_DIM, BLOCK_D
@@ -234,7 +234,7 @@ def column_dkdv(
         token = first_token(batch, cell_qy, cell_qx, height, width, SIDE_Y, SIDE_X)
         first_channel = (token * heads + head) * HEAD_DIM
         d_rows = load_rows(d_out + first_channel, (qy * width + qx) * heads * HEAD_DIM, asking, HEAD_DIM, BLOCK_D)
-        place = by_cell(batch_head, cell_qy * base_x + cell_qx, chunk_q, base_y * base_x, PAD, BLOCK_Q)
+        place = by_cell(batch_head, cell_qy * base_x + cell_qx, chunk_q, base_y * base_x, PAD, STEP)
         their_lse, their_delta = tl.load(lse + place)[None, :], tl.load(delta + place)[None, :]
         own_y, own_x = cell_qy >> (level - 1), cell_qx >> (level - 1)
         seen = are_apart(y, x, own_y * PARTS_Y, own_x * PARTS_X, PARTS_Y, PARTS_X)

@@ -61,14 +61,15 @@ def near_forward(
     bias,  # [B, entries]: log2 n under a mask, for "columns"
     out, lse,  # lse natural, [B, H, W, heads]
     factor, sign, height, width, heads, levels, entries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, FAR_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, FAR_BLOCK: tl.constexpr,
     CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
     FAR: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of the tokens of one tile."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    COLUMNS: tl.constexpr = (3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X
+    STEPS: tl.constexpr = (CELL_Y * CELL_X + STEP - 1) // STEP  # to meet a cell
+    COLUMN_TILES: tl.constexpr = ((3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X + FAR_BLOCK - 1) // FAR_BLOCK
     cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
     chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
     batch, head = batch_head // heads, batch_head % heads
@@ -91,25 +92,23 @@ def near_forward(
         sums = load_rows(far_v, entry * HEAD_DIM, exists, HEAD_DIM, BLOCK_D) * total[:, None]
     if FAR == "columns":
         start = 0
-        for level in range(1, levels + 1):
-            for first_column in tl.static_range(0, COLUMNS, FAR_BLOCK):
-                keys, values, addend = load_columns(
-                    far_k, far_v, bias, first_column + tl.arange(0, FAR_BLOCK), level, start, batch, head,
-                    cell_y, cell_x, height, width, heads, entries,
-                    HEAD_DIM, BLOCK_D, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS, DTYPE,
-                )  # fmt: skip
-                products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-                scores = products * factor + addend[None, :]
-                top, total, sums = attend_to(scores, 1.0, values, top, total, sums, PRECISION)
+        for step in range(levels * COLUMN_TILES):
+            level, number = 1 + step // COLUMN_TILES, step % COLUMN_TILES * FAR_BLOCK + tl.arange(0, FAR_BLOCK)
+            keys, values, addend = load_columns(
+                far_k, far_v, bias, number, level, start, batch, head, cell_y, cell_x, height, width, heads, entries,
+                HEAD_DIM, BLOCK_D, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS,
+            )  # fmt: skip
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
+            top, total, sums = attend_to(scores, 1.0, values, top, total, sums, PRECISION)
             extent_y, extent_x = lattice_extents(level, height, width, CELL_X, PARTS_Y, PARTS_X)
-            start += extent_y * extent_x
+            start += tl.where(step % COLUMN_TILES == COLUMN_TILES - 1, extent_y * extent_x, 0)
 
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, not CAUSAL, FAR == "none")
-    for step in range(rows * columns * CHUNKS):
-        chunk_k, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
+    for step in range(rows * columns * STEPS):
+        chunk_k, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
         cell_ky, cell_kx = first_y + step_y, first_x + step_x
         ky, kx, _, present = token_tile(
-            mask, batch, chunk_k, cell_ky, cell_kx, height, width, CELL_Y, CELL_X, BLOCK
+            mask, batch, chunk_k, cell_ky, cell_kx, height, width, CELL_Y, CELL_X, STEP
         )  # fmt: skip
         keys = load_tokens(
             k, k_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D

@@ -5,7 +5,8 @@ three layouts, in which `channels` are the `HEAD_DIM` channels of a head, contig
 
 - *tokens*: q, k and v with their own strides of (batch, head, row, column); all else `[B, H, W, heads, channels]`.
 - *lattices*: the summary tokens of all levels in one array `[B, entries, heads, channels]`, level 1 first, each level's
-  lattice row-major; what is one number an entry is `[B, entries, heads]`.
+  lattice row-major; what is one number an entry is `[B, entries, heads]`. In the dtype of the tokens for the log-linear
+  variant, else float32.
 - *by cell*: one float32 for every token, `[B, heads, cells, PAD]`: a base cell's positions in row-major order, padded to
   whole tiles of the largest size.
 
@@ -242,7 +243,7 @@ def interaction_list(
 def load_columns(
     far_k, far_v, bias, number, level, start, batch, head, cell_y, cell_x, height, width, heads, entries,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CELL_SIZE: tl.constexpr, PARTS_Y: tl.constexpr,
-    PARTS_X: tl.constexpr, NDIM: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    PARTS_X: tl.constexpr, NDIM: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Keys, values and score addends of some `number`s of a base cell's interaction list at a level."""
     extent_y, extent_x = lattice_extents(level, height, width, CELL_SIZE, PARTS_Y, PARTS_X)
@@ -250,7 +251,7 @@ def load_columns(
     y, x, exists = interaction_list(number, own_y, own_x, extent_y, extent_x, PARTS_Y, PARTS_X, NDIM, CAUSAL)
     entry = batch * entries + start + y * extent_x + x
     offsets = (entry * heads + head) * HEAD_DIM
-    keys = load_rows(far_k, offsets, exists, HEAD_DIM, BLOCK_D).to(DTYPE)
-    values = load_rows(far_v, offsets, exists, HEAD_DIM, BLOCK_D).to(DTYPE)
+    keys = load_rows(far_k, offsets, exists, HEAD_DIM, BLOCK_D)
+    values = load_rows(far_v, offsets, exists, HEAD_DIM, BLOCK_D)
     addend = log_counts(bias, entry, y, x, exists, level, height, width, CELL_SIZE, PARTS_Y, PARTS_X, COUNT_BIAS)
     return keys, values, addend
