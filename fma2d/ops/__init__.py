@@ -1,9 +1,8 @@
 """The public operator: checks its arguments, chooses a backend, runs it."""
 
+import os
 from collections.abc import Sequence
 from inspect import signature
-
-import os
 
 import torch
 from torch import Tensor

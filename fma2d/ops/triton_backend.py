@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..aggregation import log_counts
 from ..geometry import cell_side, num_cells, num_levels, tiling
-from . import triton_backward, triton_backward_far, triton_forward
+from . import blocked, tiles, triton_backward, triton_backward_far, triton_forward
 from .options import Options
 from .triton_aggregation import summarise, summarise_backward
 
@@ -28,47 +28,8 @@ Kernels = list[list[Tensor]]
 PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
 # Without coarse levels, a grid is cut into cells like these, and each sees all others.
 WHOLE_GRID_CELL = {1: (1, 64), 2: (8, 8)}
-# The compute capability that the interpreter stands for.
-INTERPRETER = (9, 0)
 # The gradients of a parent's summary keys are summed in at most so many pieces.
 MOST_PIECES = 64
-
-
-class Tile(NamedTuple):
-    """How a kernel is compiled.
-
-    Attributes:
-        block: rows of a program's tile at most.
-        step: rows of the other side that it meets at a time, at most.
-        num_warps: for `block` rows; fewer for a smaller tile.
-    """
-
-    block: int = 64
-    step: int = 64
-    num_warps: int = 4
-    num_stages: int = 2
-
-
-def choose_tile(kernel: str, capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tile:
-    """Tiles with which a kernel compiles without spills, within the shared memory of its architecture."""
-    single, wide = dtype == torch.float32, head_dim > 64
-    if kernel in ("near_forward", "near_dq"):
-        if single:
-            return Tile(32, 16, 8, 1) if wide else Tile(32, 32, 4, 2)
-        return Tile(64, 32, 4, 2) if wide else Tile(64, 64, 4, 3)
-    if kernel == "near_dkdv":
-        if single:
-            return Tile(32, 16, 8, 1) if wide else Tile(32, 32, 8, 1)
-        if wide:
-            return Tile(64, 32, 8, 2)
-        return Tile(64, 64, 4, 2) if capability[0] == 9 else Tile(64, 32, 4, 2)
-    if kernel == "column_dkdv":
-        return Tile(16, 16 if single and wide else 32, 4, 1 if single else 2)
-    if kernel in ("merge_levels", "collect"):
-        return Tile(32, num_warps=4)
-    if kernel == "prepare":
-        return Tile(32 if single else 64, num_warps=4, num_stages=1)
-    return Tile(16, num_warps=4, num_stages=1 if wide else 2)  # parents: few positions, float32
 
 
 class Lattices(NamedTuple):
@@ -105,9 +66,14 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32."""
-    call = _Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
-    out, lse = call.near_forward(call.summarise())
-    return out.movedim(-2, 1), lse.movedim(-1, 1)
+    arguments = (q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+
+    def fused() -> tuple[Tensor, Tensor]:
+        call = _Call(*arguments)
+        out, lse = call.near_forward(call.summarise())
+        return out.movedim(-2, 1), lse.movedim(-1, 1)
+
+    return tiles.run_or(fused, lambda: blocked.forward(*arguments))
 
 
 def backward(
@@ -125,14 +91,17 @@ def backward(
     d_lse: Tensor,
 ) -> tuple[list[Tensor], list[Kernels]]:
     """Gradients of (q, k, v) and of the (key, value, query) kernels, zero for levels that the grid does not use."""
-    call = _Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
-    out, d_out = (x.movedim(1, -2).contiguous() for x in (out, d_out))
-    lse, d_lse = (x.movedim(1, -1).contiguous() for x in (lse, d_lse))
-    lattices = call.summarise()
-    queries = call.prepare(out, d_out, lse, d_lse)
-    extra, d_kernels = call.summarise_backward(call.far_backward(lattices, queries))
-    d_tokens = [call.near_dq(lattices, queries, extra[0]), *call.near_dkdv(queries, *extra[1:])]
-    return [d.movedim(-2, 1) for d in d_tokens], d_kernels
+    arguments = (q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+
+    def fused() -> tuple[list[Tensor], list[Kernels]]:
+        call = _Call(*arguments)
+        lattices = call.summarise()
+        queries = call.prepare(out, d_out, lse, d_lse)
+        extra, d_kernels = call.summarise_backward(call.far_backward(lattices, queries))
+        d_tokens = [call.near_dq(lattices, queries, extra[0]), *call.near_dkdv(queries, *extra[1:])]
+        return [d.movedim(-2, 1) for d in d_tokens], d_kernels
+
+    return tiles.run_or(fused, lambda: blocked.backward(*arguments, out, lse, d_out, d_lse))
 
 
 class _Call:
@@ -148,8 +117,6 @@ class _Call:
         batch, heads, *grid, head_dim = q.shape
         self.options, self.key_mask, self.grid = options, key_mask, tuple(grid)
         self.dtype, self.device, self.ndim = q.dtype, q.device, len(grid)
-        on_gpu = q.device.type == "cuda"
-        self.capability = torch.cuda.get_device_capability(q.device) if on_gpu else INTERPRETER
         self.shape = (batch, *grid, heads, head_dim)
         self.levels = num_levels(self.grid, options.cell_size) if batch else 0
         self.far = "none" if self.levels == 0 else "columns" if query_kernels is None else "state"
@@ -203,19 +170,24 @@ class _Call:
         Args:
             split: a program makes one tile of a cell; else it makes a whole cell.
         """
-        tile = choose_tile(kernel.__name__, self.capability, self.shape[-1], self.dtype)
-        block, step = min(tile.block, _block(cell)), min(tile.step, _block(self.cell))
-        columns = max(16, triton.next_power_of_2((3 if self.ndim == 1 else 27) * self.options.rank))
-        own = dict(CELL_Y=cell[0], CELL_X=cell[1], BLOCK=block, STEP=step, FAR_BLOCK=min(tile.step, columns))
-        known = self.arguments | own | arguments
-        programs = self.shape[0] * self.shape[-2] * count * (-(-prod(cell) // block) if split else 1)
-        compilation = dict(num_warps=max(1, tile.num_warps * block // tile.block), num_stages=tile.num_stages)
-        if programs:
-            self._run(kernel, programs, {name: known[name] for name in kernel.arg_names}, compilation)
+        rows = self.shape[0] * self.shape[-2] * count
 
-    def _run(self, kernel, programs: int, arguments: dict, compilation: dict) -> None:
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernel[(programs,)](**arguments, **compilation)
+        def run(tile: tiles.Tile) -> None:
+            block = min(tile.block, _block(cell))
+            columns = max(16, triton.next_power_of_2((3 if self.ndim == 1 else 27) * self.options.rank))
+            step = _step(kernel.__name__, tile.block, self.shape[-1])
+            sides = dict(CELL_Y=cell[0], CELL_X=cell[1], BLOCK=block)
+            steps = dict(STEP=min(step, _block(self.cell)), FAR_BLOCK=min(step, columns))
+            known = self.arguments | sides | steps | arguments
+            kernel[(rows * (-(-prod(cell) // block) if split else 1),)](
+                **{name: known[name] for name in kernel.arg_names},
+                num_warps=max(1, tile.num_warps * block // tile.block),
+                num_stages=tile.num_stages,
+            )
+
+        if rows:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                tiles.launch(kernel.__name__, self.device, self.shape[-1], self.dtype, run)
 
     def _numbers(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -225,14 +197,11 @@ class _Call:
         shape = (self.shape[0], entries, *self.shape[-2:])
         return self._numbers(*shape), self._numbers(*shape[:-1])
 
-    def _lattice_dtype(self) -> torch.dtype:
-        return self.dtype if self.far == "columns" else torch.float32
-
     def summarise(self) -> Lattices:
         if self.levels == 0:
             return Lattices()
         lattices = summarise(self.summarised, self.kernels, self.key_mask, self.options, self.levels)
-        dtype = self._lattice_dtype()
+        dtype = self.dtype if self.far == "columns" else torch.float32
         packed = [torch.cat([x.flatten(1, -3).to(dtype) for x in levels], 1) for levels in lattices]
         return Lattices(*[None] * (3 - len(packed)), *packed)
 
@@ -263,7 +232,8 @@ class _Call:
         """The far field of the summary queries of level 1."""
         far, far_lse = self._coarse_forward(lattices)
         out, lse = self._lattice(prod(self.extents[0]))
-        self._launch(triton_forward.merge_levels, 1, (1, prod(self.extents[0])), far=far, far_lse=far_lse, out=out, lse=lse)
+        cell = (1, prod(self.extents[0]))
+        self._launch(triton_forward.merge_levels, 1, cell, far=far, far_lse=far_lse, out=out, lse=lse)
         return dict(far_v=out, far_lse=lse)
 
     def _coarse_forward(self, lattices: Lattices) -> tuple[Tensor, Tensor]:
@@ -274,6 +244,8 @@ class _Call:
         return out, lse
 
     def prepare(self, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor) -> Queries:
+        out, d_out = (x.movedim(1, -2).contiguous() for x in (out, d_out))
+        lse, d_lse = (x.movedim(1, -1).contiguous() for x in (lse, d_lse))
         pad = self.arguments["PAD"]
         lse_by_cell, delta_by_cell = (self._numbers(self.shape[0], self.shape[-2], self.cells, pad) for _ in range(2))
         state_lse = d_state = state_delta = None
@@ -299,9 +271,8 @@ class _Call:
         _, lse = self._coarse_forward(lattices)
         delta = torch.empty_like(lse)
         state = dict(zip(("state_lse", "d_state", "state_delta"), queries.state, strict=True))
-        self._launch(
-            triton_backward_far.collect, self.entries, (1, 32), split=False, **state, far_lse=lse, d_out=d_out, delta=delta
-        )  # fmt: skip
+        state |= dict(far_lse=lse, d_out=d_out, delta=delta)
+        self._launch(triton_backward_far.collect, self.entries, (1, 32), split=False, **state)
         coarse = lattices._asdict() | dict(d_out=d_out, lse=lse, delta=delta)
         self._launch(triton_backward_far.coarse_dq, sum(self.parents), self.parent, **coarse, d_q=d_q)
         self._launch(triton_backward_far.coarse_dkdv, sum(self.parents), self.parent, **coarse, d_k=d_k, d_v=d_v)
@@ -335,6 +306,13 @@ class _Call:
             extra_k=extra_k, extra_v=extra_v, d_k=d_k, d_v=d_v,
         )  # fmt: skip
         return d_k, d_v
+
+
+def _step(kernel: str, block: int, head_dim: int) -> int:
+    """Rows of the other side that a tile of `block` rows meets at a time: as many as registers can hold."""
+    if kernel == "column_dkdv":
+        return 2 * block
+    return max(16, block // 2) if kernel == "near_dkdv" or head_dim > 64 else block
 
 
 def _block(cell: tuple[int, int]) -> int:

@@ -39,8 +39,8 @@ def prepare(
     """Lse and delta of one cell's tokens; with SUMS also their sums over its sub-cells, for the linear far field.
 
     A column of the far field that all tokens `t` of a sub-cell share, of lse `f`, gets from them the value gradient
-    `sum of 2**(f - lse_t) d_out_t`, and likewise `delta`. Here it is made for `f = state_lse`, the least `lse_t`, so that
-    every factor is at most 1; a column's own lse is never above that.
+    `sum of 2**(f - lse_t) d_out_t`, and likewise `delta`. Here it is made for `f = state_lse`, the least `lse_t`, so
+    that every factor is at most 1; a column's own lse is never above that.
     """
     CHUNKS: tl.constexpr = PAD // BLOCK
     cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
@@ -59,7 +59,7 @@ def prepare(
     least = tl.full([BLOCK_P], NOBODY, tl.float32)
     if SUMS:
         for chunk in range(CHUNKS):
-            y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+            y, x, _inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
             score = tl.load(lse + (y * width + x) * heads, mask=exists, other=NOBODY) * LOG2_E
             own = own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y, CELL_X, PARTS_Y, PARTS_X)
             shared = is_part[:, None] & exists[None, :] & (own[None, :] == entry[:, None])
@@ -68,7 +68,7 @@ def prepare(
     sums = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     delta_sums = tl.zeros([BLOCK_P], tl.float32)
     for chunk in range(CHUNKS):
-        y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+        y, x, _inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
         offsets = (y * width + x) * heads
         score = tl.load(lse + offsets, mask=exists, other=0.0) * LOG2_E
         score = tl.where(exists, score, NOBODY)

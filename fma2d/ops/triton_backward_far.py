@@ -2,8 +2,8 @@
 
 Linear variant: what the tokens of a sub-cell ask of a summary query is collected (`collect`), then the summary queries'
 softmax is differentiated (`coarse_dq`, `coarse_dkdv`), all levels in one launch. Log-linear variant: the summary keys
-of a parent are attended to by the tokens of the parents around it, at the top by all tokens; so its queries are cut into
-`PIECES` with partial sums (`column_dkdv`), which are added up in order (`column_sum`).
+of a parent are attended to by the tokens of the parents around it, at the top by all tokens; so these are cut into
+pieces with partial sums (`column_dkdv`), which are added up in order (`column_sum`).
 """
 
 import triton
@@ -180,8 +180,8 @@ def column_dkdv(
     d_out, lse, delta,  # tokens; by cell
     partial_k, partial_v,  # float32 [B, heads, slots, positions, channels], a slot for each piece
     factor, sign, height, width, heads, entries, slots,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD_K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr,
-    MOST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD_K: tl.constexpr,
+    STEP: tl.constexpr, PAD: tl.constexpr, MOST: tl.constexpr,
     SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,  # of a base cell
     CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
     CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, PRECISION: tl.constexpr,

@@ -1,9 +1,9 @@
 """The forward kernels: the near field, and the linear variant's far field.
 
 A program makes one tile of queries, a cell or a run of a large cell's positions, and meets the keys of the cells around
-it in an online softmax. The far field enters the near field's softmax. `FAR` says how: "none" there is none, "state"
-(linear variant) as one more column a token, merged over the levels, "columns" (log-linear variant) as the summary tokens
-of every level's interaction list.
+it in an online softmax. The far field enters the near field's softmax. `FAR` says how: "none" there is none (and a cell
+meets all cells), "state" (linear variant) as one more column a token, merged over the levels, "columns" (log-linear
+variant) as the summary tokens of every level's interaction list.
 
 Scores are `factor * sign * q.k` in base 2 with `factor > 0`: so the largest score is that of the largest product, and
 the scaling is part of the exponential's multiply-add.

@@ -4,11 +4,11 @@ Every grid has two axes here: a 1D grid is one row, with cells of one row and on
 three layouts, in which `channels` are the `HEAD_DIM` channels of a head, contiguous:
 
 - *tokens*: q, k and v with their own strides of (batch, head, row, column); all else `[B, H, W, heads, channels]`.
-- *lattices*: the summary tokens of all levels in one array `[B, entries, heads, channels]`, level 1 first, each level's
-  lattice row-major; what is one number an entry is `[B, entries, heads]`. In the dtype of the tokens for the log-linear
+- *lattices*: the summary tokens of all levels in one array `[B, entries, heads, channels]`, level 1 first, the lattice
+  of each level row-major; what is one number an entry is `[B, entries, heads]`. In the dtype of the tokens for the log-linear
   variant, else float32.
-- *by cell*: one float32 for every token, `[B, heads, cells, PAD]`: a base cell's positions in row-major order, padded to
-  whole tiles of the largest size.
+- *by cell*: one float32 for every token, `[B, heads, cells, PAD]`: a base cell's positions in row-major order, padded
+  to whole tiles of the largest size.
 
 Log-sum-exps inside are of base 2, and `NOBODY` for a query that does not exist, which gives every key the weight 0.
 """
@@ -28,7 +28,7 @@ SIZES = ("height", "width", "heads", "levels", "entries", "cells", "slots", "cel
 
 @triton.jit
 def split_program(cells, CHUNKS: tl.constexpr):
-    """`(chunk, cell, batch * heads + head)` of a program: the tiles of a cell are next to each other, then the cells."""
+    """`(chunk, cell, batch * heads + head)` of a program: the chunks of a cell follow one another, then the cells."""
     program = tl.program_id(0)
     return program % CHUNKS, program // CHUNKS % cells, (program // CHUNKS // cells).to(tl.int64)
 
@@ -214,9 +214,9 @@ def interaction_list(
 ):  # fmt: skip
     """The summary tokens that the tokens of one cell attend to, by number: `(y, x, exists)` in the level's lattice.
 
-    The children of the parent's neighbours are 6 rows of 6, of which the 3 x 3 around the own cell are left out. Numbers
-    run through the rows above those, then through what is beside them, then through the rows below. In 1D there is only
-    the row beside.
+    The children of the parent's neighbours are 6 rows of 6, of which the 3 x 3 around the own cell are left out.
+    Numbers run through the rows above those, then through what is beside them, then through the rows below. In 1D there
+    is only the row beside.
     """
     cell, part = column // (PARTS_Y * PARTS_X), column % (PARTS_Y * PARTS_X)
     parity_y, parity_x = own_y % 2, own_x % 2
