@@ -94,7 +94,7 @@ def test_equals_the_definition(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_equals_the_definition_on_any_call(seed):
     """Calls drawn from all combinations."""
     draw = torch.Generator().manual_seed(seed)
@@ -103,8 +103,11 @@ def test_equals_the_definition_on_any_call(seed):
         return values[torch.randint(len(values), (), generator=draw)]
 
     causal, ndim = one_of(*[(True, 1), (False, 1), (False, 2), (False, 2)])
-    cell_size = one_of(*{1: (4, 8, 16, 20), 2: (4, 5, 8, 16)}[ndim])
-    extents = [one_of(1, 2 * cell_size + 1, 4 * cell_size, 5 * cell_size - 1) for _ in range(ndim)]
+    cell_size = one_of(*{1: (4, 8, 16, 20), 2: (4, 5, 8)}[ndim])
+    # At least one axis with coarse levels; the rule wants many numbers.
+    extents = [one_of(2 * cell_size + 1, 4 * cell_size, 5 * cell_size - 1)]
+    if ndim == 2:
+        extents.insert(one_of(0, 1), one_of(1, cell_size + 1, 3 * cell_size - 1))
     assert_equals_the_definition(
         one_of(torch.float16, torch.bfloat16, torch.float32),
         grid=tuple(extents),

@@ -99,7 +99,8 @@ def near_dq(
     d_out, lse, delta,  # tokens; by cell
     extra, d_q,  # tokens; extra: float32 or None
     factor, sign, scale, height, width, heads, levels, entries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, FAR_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    FAR_BLOCK: tl.constexpr, PAD: tl.constexpr,
     CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
     FAR: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -5,8 +5,8 @@ three layouts, in which `channels` are the `HEAD_DIM` channels of a head, contig
 
 - *tokens*: q, k and v with their own strides of (batch, head, row, column); all else `[B, H, W, heads, channels]`.
 - *lattices*: the summary tokens of all levels in one array `[B, entries, heads, channels]`, level 1 first, the lattice
-  of each level row-major; what is one number an entry is `[B, entries, heads]`. In the dtype of the tokens for the log-linear
-  variant, else float32.
+  of each level row-major; what is one number an entry is `[B, entries, heads]`. In the dtype of the tokens for the
+  log-linear variant, else float32.
 - *by cell*: one float32 for every token, `[B, heads, cells, PAD]`: a base cell's positions in row-major order, padded
   to whole tiles of the largest size.
 
