@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..aggregation import log_counts
 from ..geometry import cell_side, num_cells, num_levels, tiling
 from . import blocked, tiles, triton_backward, triton_backward_far, triton_forward
 from .options import Options
@@ -125,7 +125,7 @@ class _Call:
         self.kernels = [query_kernels, key_kernels, value_kernels][-len(self.summarised) :]
 
         height, width = (1, *grid)[-2:]
-        parts_y, parts_x = (1, *tiling(options.rank, self.ndim))[-2:]
+        self.parts = parts_y, parts_x = (1, *tiling(options.rank, self.ndim))[-2:]
         sides = [cell_side(level, options.cell_size) for level in range(1, self.levels + 1)]
         cells = [num_cells((height, width), side) for side in sides]
         self.extents = [(y * parts_y, x * parts_x) for y, x in cells]
@@ -141,7 +141,7 @@ class _Call:
             **dict(zip(("q", "k", "v"), tokens, strict=True)),
             **{f"{name}_strides": x.stride()[:-1] for name, x in zip("qkv", tokens, strict=True)},
             "mask": None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-            "bias": self._bias(q) if self.levels and key_mask is not None else None,
+            "bias": self._bias() if self.levels and key_mask is not None else None,
             **dict(height=height, width=width, heads=heads, levels=self.levels, entries=self.entries),
             **dict(cells=sum(self.parents), cell_size=options.cell_size, scale=scale),
             # exp(scale * q.k) = 2 ** (factor * sign * q.k) with factor > 0
@@ -154,15 +154,27 @@ class _Call:
             **dict(BLOCK_P=max(16, triton.next_power_of_2(options.rank))),
         }
 
-    def _bias(self, q: Tensor) -> Tensor:
-        """`log2 n` of every summary token under the mask, -inf for none: `[B, entries]`."""
-        options, like = self.options, q.new_empty((), dtype=torch.float32)
-        log_n = [
-            log_counts(self.grid, level, options.cell_size, options.rank, self.key_mask, like, -torch.inf).flatten(1)
-            for level in range(1, self.levels + 1)
-        ]
-        addend = torch.cat(log_n, 1) * log2(e)
-        return addend if options.count_bias else torch.where(addend > -torch.inf, 0.0, addend)
+    def _bias(self) -> Tensor:
+        """`log2 n` of every summary token under the mask, -inf for none: `[B, entries]`.
+
+        Made on the device without copies from the host, which a CUDA graph cannot hold.
+        """
+        parts, side = self.parts[-self.ndim :], self.options.cell_size
+        count = self.key_mask.to(torch.float32)  # tokens of a sub-cell, in units of 1 / rank
+        for axis, p in enumerate(parts, 1):
+            overlaps = _overlaps(side, p, self.device)
+            cells = pad(count.movedim(axis, -1), (0, -count.shape[axis] % side)).unflatten(-1, (-1, side))
+            count = (cells @ overlaps).flatten(-2).movedim(-1, axis)
+        counts = [count]
+        for extents in self.extents[1:]:
+            # Sub-cells nest: two of an axis make one of the next level.
+            for axis, extent in enumerate(extents[-self.ndim :], 1):
+                count = pad(count.movedim(axis, -1), (0, 2 * extent - count.shape[axis])).unflatten(-1, (-1, 2))
+                count = count.sum(-1).movedim(-1, axis)
+            counts.append(count)
+        count = torch.cat([x.flatten(1) for x in counts], 1)
+        log_n = (count / self.options.rank).log2() if self.options.count_bias else torch.zeros_like(count)
+        return torch.where(count > 0, log_n, -torch.inf)
 
     def _launch(self, kernel, count: int, cell: tuple[int, int], split: bool = True, **arguments) -> None:
         """Run a kernel over `count` cells of these sides for every head; its arguments are found by name.
@@ -306,6 +318,13 @@ class _Call:
             extra_k=extra_k, extra_v=extra_v, d_k=d_k, d_v=d_v,
         )  # fmt: skip
         return d_k, d_v
+
+
+def _overlaps(side: int, parts: int, device: torch.device) -> Tensor:
+    """`[side, parts]`: how much of each token of a cell lies in each sub-cell, in units of `1 / parts` tokens."""
+    token = torch.arange(side, device=device)[:, None] * parts
+    part = torch.arange(parts, device=device) * side
+    return (torch.minimum(token + parts, part + side) - torch.maximum(token, part)).clamp(min=0).to(torch.float32)
 
 
 def _step(kernel: str, block: int, head_dim: int) -> int:
