@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from ..geometry import cell_side, num_cells, num_levels, tiling
 from . import blocked, tiles, triton_backward, triton_backward_far, triton_forward
 from .options import Options
-from .triton_aggregation import summarise, summarise_backward
+from .triton_aggregation import Summaries
 
 Kernels = list[list[Tensor]]
 
@@ -95,7 +95,7 @@ def backward(
 
     def fused() -> tuple[list[Tensor], list[Kernels]]:
         call = _Call(*arguments)
-        lattices = call.summarise()
+        lattices = call.summarise(learn=True)
         queries = call.prepare(out, d_out, lse, d_lse)
         extra, d_kernels = call.summarise_backward(call.far_backward(lattices, queries))
         d_tokens = [call.near_dq(lattices, queries, extra[0]), *call.near_dkdv(queries, *extra[1:])]
@@ -209,12 +209,13 @@ class _Call:
         shape = (self.shape[0], entries, *self.shape[-2:])
         return self._numbers(*shape), self._numbers(*shape[:-1])
 
-    def summarise(self) -> Lattices:
+    def summarise(self, learn: bool = False) -> Lattices:
+        """With `learn`, what `summarise_backward` needs is kept."""
+        self.summaries = Summaries(self.summarised, self.kernels, self.key_mask, self.options, self.levels, learn)
         if self.levels == 0:
             return Lattices()
-        lattices = summarise(self.summarised, self.kernels, self.key_mask, self.options, self.levels)
         dtype = self.dtype if self.far == "columns" else torch.float32
-        packed = [torch.cat([x.flatten(1, -3).to(dtype) for x in levels], 1) for levels in lattices]
+        packed = [torch.cat([x.flatten(1, -3).to(dtype) for x in levels], 1) for levels in self.summaries.lattices]
         return Lattices(*[None] * (3 - len(packed)), *packed)
 
     def summarise_backward(self, d_lattices: Lattices) -> tuple[list[Tensor | None], list[Kernels]]:
@@ -225,8 +226,8 @@ class _Call:
                 pieces = packed.split([prod(x) for x in self.extents], 1)
                 extents = [x[-self.ndim :] for x in self.extents]
                 levels.extend(d.unflatten(1, x) for d, x in zip(pieces, extents, strict=True))
-            extra = [self._numbers(*self.shape).zero_() for _ in self.summarised]
-        grads = summarise_backward(self.summarised, self.kernels, self.key_mask, self.options, d_levels, extra)
+            extra = [self._numbers(*self.shape) for _ in self.summarised]
+        grads = self.summaries.backward(d_levels, extra, add=False)
         keys_values, queries = grads[-2:], grads[:-2]
         return [None] * (3 - len(extra)) + extra, [*keys_values, *(queries or [[]])]
 
