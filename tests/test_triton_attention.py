@@ -71,7 +71,7 @@ CASES = {
         grid=(9, 13), cell_size=4, rank=6, head_dim=8, linear=0, mask=0.7, dtype=torch.bfloat16, heads=1, scale=-0.3
     ),
     "2D linear, large cells": dict(grid=(3, 37), cell_size=12, rank=4, head_dim=8, linear=1, heads=1),
-    "2D": dict(grid=(7, 17), cell_size=4, rank=4, head_dim=8, heads=1, count_bias=False),
+    "2D": dict(grid=(17, 11), cell_size=4, rank=4, head_dim=8, heads=1, count_bias=False),
     "2D, half": dict(grid=(18, 3), cell_size=4, rank=3, head_dim=80, mask=0.6, dtype=torch.float16, heads=1),
     "2D, bfloat16": dict(grid=(1, 33), cell_size=4, rank=2, head_dim=128, heads=1, dtype=torch.bfloat16),
     "2D, no level": dict(grid=(15, 11), cell_size=8, rank=4, head_dim=24, linear=1, mask=0.8),
