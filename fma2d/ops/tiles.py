@@ -5,4 +5,4 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 1
 def launch(kernel, device, head_dim, dtype, run):
-    run(Tile(4096 if kernel!="weight_gradient_kernel" else 1024))
+    run(Tile(1<<16))

@@ -29,6 +29,8 @@ Kernels = list[list[Tensor]]
 # What a program takes of a cell at once: columns, and summary tokens; more of them come in turns.
 MAX_COLUMNS = 16
 MAX_RANKS = 8
+# About as many programs share the sum over all cells that is a kernel's gradient.
+PROGRAMS = 1024
 # Strides are passed in units of their common divisor up to this; 16 bytes are the most that is loaded at once.
 MAX_ALIGNMENT = 16
 
@@ -292,25 +294,25 @@ class _Pass:
     def _weight_gradient(self, level: _Level, d_summaries: list[Tensor], grads: list[Kernels]) -> None:
         source = self.sources[level.source]
         arguments, sizes, constants = self._arguments(level, source.views)
+        rank, count, cells = self.options.rank, len(source.views), self.batch * prod(self._cells(level))
+        block_p, block_d = (triton.next_power_of_2(n) for n in (min(rank, MAX_RANKS), self.head_dim))
         block_x = triton.next_power_of_2(min(level.side[1], MAX_COLUMNS))
-        cells = self.batch * prod(self._cells(level))
-        rank, count = self.options.rank, len(source.views)
         rows = self.heads * count * level.side[0] * triton.cdiv(level.side[1], block_x)
         partial = None
 
         def launch(tile: tiles.Tile) -> None:
             nonlocal partial
-            run = triton.cdiv(cells, min(cells, max(1, tile.block_m // rows)))
-            runs = triton.cdiv(cells, run)
-            shape = (runs, count, *level.side, rank, self.heads, self.head_dim)
-            partial = torch.empty(shape, device=self.device)
-            block_p = min(triton.next_power_of_2(rank), MAX_RANKS)
-            blocks = dict(BLOCK_X=block_x, BLOCK_P=block_p, BLOCK_D=triton.next_power_of_2(self.head_dim))
+            block = max(1, tile.block_m // (block_x * block_p * block_d))
+            blocks = triton.cdiv(cells, block)
+            run = triton.cdiv(blocks, max(1, PROGRAMS // rows))
+            runs = triton.cdiv(blocks, run)
+            partial = torch.empty((runs, count, *level.side, rank, self.heads, self.head_dim), device=self.device)
             own = (level.summaries, level.factors, *_three(d_summaries), partial, *sizes)
             for first in range(0, rank, MAX_RANKS):
                 weight_gradient_kernel[(rows * runs,)](
-                    *arguments, *own, first, run, **constants, **blocks, num_warps=tile.num_warps
-                )
+                    *arguments, *own, first, run, **constants, CELLS=block, BLOCK_X=block_x, BLOCK_P=block_p,
+                    BLOCK_D=block_d, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                )  # fmt: skip
 
         self._on_device(weight_gradient_kernel, launch)
         total = partial.sum(0)  # [arrays, side, side, p, heads, head_dim]

@@ -273,12 +273,12 @@ def weight_gradient_kernel(
     batch, heads, height, width, unit_y, unit_x, scale, first, run,
     TENSORS: tl.constexpr, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, PARTS_X: tl.constexpr,
     SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    CELLS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the products of weights, `W[y, x, k] = weights_y[y, k] * weights_x[x, k]`, over a run of cells.
 
-    A program has one row of units of a run of `run` cells, and goes from cell to cell. A summary is `whole / left *
-    sum(W x)`, where both sums of `|W|` have a gradient too; `whole / left` is in `factors`.
+    A program has one row of units of `run` tiles of cells, `[cells, columns, ranks, channels]`. A summary is
+    `whole / left * sum(W x)`, where both sums of `|W|` have a gradient too; `whole / left` is in `factors`.
 
     Args:
         summaries, factors: as written by the forward; factors None: all cells are full.
@@ -286,53 +286,53 @@ def weight_gradient_kernel(
     """
     STARTS: tl.constexpr = (SIDE_X + BLOCK_X - 1) // BLOCK_X
     pid = tl.program_id(0)
-    head, which = pid % heads, pid // heads % TENSORS
-    part = pid // (heads * TENSORS)
+    head, which, part = pid % heads, pid // heads % TENSORS, pid // (heads * TENSORS)
     row, start, number = part % SIDE_Y, part // SIDE_Y % STARTS * BLOCK_X, part // (SIDE_Y * STARTS)
     rows, columns = (height + unit_y - 1) // unit_y, (width + unit_x - 1) // unit_x
     cells_y, cells_x = (rows + SIDE_Y - 1) // SIDE_Y, (columns + SIDE_X - 1) // SIDE_X
-    unit = start + tl.arange(0, BLOCK_X)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    k3, d3 = first + tl.arange(0, BLOCK_P)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
-    wanted = (k3 < RANK) & (d3 < HEAD_DIM)
+    unit = start + tl.arange(0, BLOCK_X)[None, :, None, None]
+    k = first + tl.arange(0, BLOCK_P)[None, None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, None, :]
     x = _choose(which, x0, x1, x2) + head * stride_h * VEC + d * stride_d
     g = _choose(which, g0, g1, g2)
 
-    total = tl.zeros([BLOCK_X, BLOCK_P, BLOCK_D], tl.float32)
+    total = tl.zeros([CELLS, BLOCK_X, BLOCK_P, BLOCK_D], tl.float32)
     if factors is not None:
-        lost = tl.zeros([BLOCK_X, BLOCK_P, BLOCK_D], tl.float32)
-        whole_y, whole_x = tl.zeros([1, BLOCK_P, BLOCK_D], tl.float32), tl.zeros([1, BLOCK_P, BLOCK_D], tl.float32)
+        lost = total
+        whole_y, whole_x = tl.zeros([1, 1, BLOCK_P, BLOCK_D], tl.float32), tl.zeros([1, 1, BLOCK_P, BLOCK_D], tl.float32)
         for i in range(SIDE_Y):
-            whole_y += tl.abs(_weights(weights_y, which, i, k3, heads, head, d3, SIDE_Y, RANK, HEAD_DIM))
+            whole_y += tl.abs(_weights(weights_y, which, i, k, heads, head, d, SIDE_Y, RANK, HEAD_DIM))
         for i in range(SIDE_X):
-            whole_x += tl.abs(_weights(weights_x, which, i, k3, heads, head, d3, SIDE_X, RANK, HEAD_DIM))
+            whole_x += tl.abs(_weights(weights_x, which, i, k, heads, head, d, SIDE_X, RANK, HEAD_DIM))
         whole = whole_y * whole_x * (unit_y * unit_x)
-    for cell in range(number * run, tl.minimum((number + 1) * run, batch * cells_y * cells_x)):
-        image, cy, cx = cell // (cells_x * cells_y), cell // cells_x % cells_y, cell % cells_x
+    for tile in range(number * run, (number + 1) * run):
+        image, cy, cx, real = _cells(tile, batch, cells_y, cells_x, CELLS, CELLS)
+        image, cy, cx = image[:, None, None, None], cy[:, None, None, None], cx[:, None, None, None]
+        real = real[:, None, None, None]
         y, column = cy * SIDE_Y + row, cx * SIDE_X + unit
-        there = (unit < SIDE_X) & (column < columns) & (y < rows)
+        there = real & (unit < SIDE_X) & (column < columns) & (y < rows)
         if counts is not None:
             exist = tl.load(counts + (image * rows + y).to(tl.int64) * columns + column, there, 0.0)
             there = exist > 0
-        at = x + (image * stride_b + y * stride_y + column * stride_x)[:, None] * VEC
-        tokens = tl.load(at, there[:, None] & (d < HEAD_DIM), 0.0).to(tl.float32)
-        at = _summary_at(image, cy, cx, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
+        at = x + (image * stride_b + y * stride_y + column * stride_x) * VEC
+        tokens = tl.load(at, there & (d < HEAD_DIM), 0.0).to(tl.float32)
+        at = _summary_at(image, cy, cx, k, cells_y, cells_x, heads, head, d, RANK, PARTS_X, HEAD_DIM)
+        wanted = real & (k < RANK) & (d < HEAD_DIM)
         d_summary = tl.load(g + at, wanted, 0.0)
         if factors is None:
-            total += tokens[:, None, :] * d_summary
+            total += tokens * d_summary
         else:
             at += which * (batch.to(tl.int64) * cells_y * cells_x * RANK * heads * HEAD_DIM)
             factor = tl.load(factors + at, wanted, 0.0)
-            total += tokens[:, None, :] * (d_summary * factor)
+            total += tokens * (d_summary * factor)
             if counts is None:
                 exist = _tokens(y * unit_y, unit_y, height) * _tokens(column * unit_x, unit_x, width)
-            missing = unit_y * unit_x - factor * exist[:, None, None]
-            lost += _ratio(d_summary * tl.load(summaries + at, wanted, 0.0), whole) * missing
+            lost += _ratio(d_summary * tl.load(summaries + at, wanted, 0.0), whole) * (unit_y * unit_x - factor * exist)
     total *= scale
-    unit3 = unit[:, None, None]
     if factors is not None:
-        weight = _weights(weights_y, which, row, k3, heads, head, d3, SIDE_Y, RANK, HEAD_DIM)
-        weight *= _weights(weights_x, which, unit3, k3, heads, head, d3, SIDE_X, RANK, HEAD_DIM)
+        weight = _weights(weights_y, which, row, k, heads, head, d, SIDE_Y, RANK, HEAD_DIM)
+        weight *= _weights(weights_x, which, unit, k, heads, head, d, SIDE_X, RANK, HEAD_DIM)
         total += tl.where(weight > 0, lost, tl.where(weight < 0, -lost, 0.0))
-    to = (((number * TENSORS + which) * SIDE_Y + row).to(tl.int64) * SIDE_X + unit3) * RANK + k3
-    tl.store(partial + (to * heads + head) * HEAD_DIM + d3, total, wanted & (unit3 < SIDE_X))
+    to = (((number * TENSORS + which) * SIDE_Y + row).to(tl.int64) * SIDE_X + unit) * RANK + k
+    total = tl.sum(total, 0)[None]
+    tl.store(partial + (to * heads + head) * HEAD_DIM + d, total, (unit < SIDE_X) & (k < RANK) & (d < HEAD_DIM))
