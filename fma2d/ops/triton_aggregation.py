@@ -259,7 +259,7 @@ class _Pass:
         cells = self.batch * prod(self._cells(level))
 
         def launch(tile: tiles.Tile) -> None:
-            block = max(1, tile.block_m // (pairs * block_p * block_d))
+            block = max(1, tile.block // (pairs * block_p * block_d))
             grid = (triton.cdiv(cells, block) * self.heads * constants["TENSORS"],)
             blocks = dict(CELLS=block, PAIRS=pairs, BLOCK_P=block_p, BLOCK_D=block_d)
             kernel[grid](*arguments, **constants, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
@@ -302,7 +302,7 @@ class _Pass:
 
         def launch(tile: tiles.Tile) -> None:
             nonlocal partial
-            block = max(1, tile.block_m // (block_x * block_p * block_d))
+            block = max(1, tile.block // (block_x * block_p * block_d))
             blocks = triton.cdiv(cells, block)
             run = triton.cdiv(blocks, max(1, PROGRAMS // rows))
             runs = triton.cdiv(blocks, run)
