@@ -224,12 +224,12 @@ def source_gradient_kernel(
     x += (image * stride_b + head * stride_h)[:, None] * VEC + d * stride_d
 
     image3, cy3, cx3 = image[None, :, None], cy[None, :, None], cx[None, :, None]
-    at = _summary_at(image3, cy3, cx3, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
+    summary_at = _summary_at(image3, cy3, cx3, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
     wanted = real[None, :, None] & (k3 < RANK) & (d3 < HEAD_DIM)
-    d_summary = tl.load(_choose(which, g0, g1, g2) + at, wanted, 0.0) * scale
+    d_summary = tl.load(_choose(which, g0, g1, g2) + summary_at, wanted, 0.0) * scale
     if factors is not None:
-        at += which * (batch.to(tl.int64) * cells_y * cells_x * RANK * heads * HEAD_DIM)
-        d_summary *= tl.load(factors + at, wanted, 0.0)
+        summary_at += which * (batch.to(tl.int64) * cells_y * cells_x * RANK * heads * HEAD_DIM)
+        d_summary *= tl.load(factors + summary_at, wanted, 0.0)
     for start in range(0, SIDE_X, 2 * PAIRS):
         unit = start + 2 * pair
         column = cx * SIDE_X + unit
@@ -243,9 +243,9 @@ def source_gradient_kernel(
             if p0 is not None:
                 from_y, from_x = (cy * SIDE_Y + row) // DOWN, column // 2
                 from_rows, from_columns = (rows + DOWN - 1) // DOWN, (columns + 1) // 2
-                at = ((image * from_rows + from_y).to(tl.int64) * from_columns + from_x) * heads + head
+                block_at = ((image * from_rows + from_y).to(tl.int64) * from_columns + from_x) * heads + head
                 there = is_even & (from_y < from_rows)
-                d_block = tl.load(parent + at[:, None] * HEAD_DIM + d, there[:, None] & (d < HEAD_DIM), 0.0)
+                d_block = tl.load(parent + block_at[:, None] * HEAD_DIM + d, there[:, None] & (d < HEAD_DIM), 0.0)
             for i in tl.static_range(DOWN):
                 y = cy * SIDE_Y + row + i
                 inside = (row + i < SIDE_Y) & (y < rows)
