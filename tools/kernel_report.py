@@ -112,7 +112,7 @@ class Row:
     def faults(self) -> list[str]:
         found = [f"spills {self.spilled} bytes"] if self.main and self.spilled else []
         too_much = f"needs {self.shared} bytes of shared memory, {self.budget} are there"
-        return found + [too_much] if self.shared > self.budget else found
+        return [*found, too_much] if self.shared > self.budget else found
 
 
 def launches(config: Config, arch: int) -> list[Launch]:
@@ -151,7 +151,8 @@ def _call(config: Config) -> None:
     shape = (batch, *config.grid, 3, heads, config.head_dim)
     tokens = torch.zeros(shape, dtype=dtype).movedim(-3, 0).movedim(-2, 2)
     levels = num_levels(config.grid, config.cell_size)
-    kernels = [start_kernels(n, config.cell_size, config.rank, ndim, heads, config.head_dim) for n in range(1, levels + 1)]
+    sizes = (config.cell_size, config.rank, ndim, heads, config.head_dim)
+    kernels = [start_kernels(level, *sizes) for level in range(1, levels + 1)]
     groups = [kernels, kernels, kernels if config.variant == "linear" else None]
     mask = torch.ones(batch, *config.grid, dtype=torch.bool) if config.masked else None
     options = Options(config.cell_size, config.rank, config.causal, True, config.head_dim**-0.5)

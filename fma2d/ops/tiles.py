@@ -56,8 +56,8 @@ TABLE = {
 }
 # Where a kernel needs another tile: (kernel, tier, head_dim up to, dtype).
 EXCEPTIONS: dict[tuple[str, str, int, torch.dtype], Tile] = {}
-# One program after the other, each step an array operation: few large tiles. No other kernel has a measure to enlarge.
-INTERPRETER = dict.fromkeys(("summarise_kernel", "source_gradient_kernel", "weight_gradient_kernel"), Tile(1 << 16, 4, 1))
+# The interpreter runs one program after the other, each step an array operation: few large tiles.
+INTERPRETER = {kernel: Tile(1 << 16, 4, 1) for kernel, entry in TABLE.items() if entry is _AGGREGATION}
 
 
 def tier(capability: tuple[int, int]) -> str:
@@ -86,7 +86,7 @@ def choose(kernel: str, capability: tuple[int, int], head_dim: int, dtype: torch
     family = tier(capability)
     if found := _tuned().get(_key(kernel, family, head_dim, dtype)):
         return found
-    limits = [limit for name, t, limit, d in EXCEPTIONS if (name, t, d) == (kernel, family, dtype) and limit >= head_dim]
+    limits = [n for name, t, n, d in EXCEPTIONS if (name, t, d) == (kernel, family, dtype) and n >= head_dim]
     return EXCEPTIONS[kernel, family, min(limits), dtype] if limits else TABLE[kernel][0]
 
 

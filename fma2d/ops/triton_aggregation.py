@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..aggregation import start_kernels
-from ..geometry import cell_side, num_cells, tiling
+from ..geometry import cell_side, tiling
 from . import tiles
 from .options import Options
 from .triton_aggregation_kernels import source_gradient_kernel, summarise_kernel, weight_gradient_kernel
@@ -56,7 +56,8 @@ def summarise(
     for group in _strided_alike(tokens):
         made = _Pass([tokens[i] for i in group], [kernels[i] for i in group], key_mask, options, levels)
         for n, i in enumerate(group):
-            found[i] = [level.summaries[n].squeeze(1) if made.ndim == 1 else level.summaries[n] for level in made.levels]
+            lattices = [level.summaries[n] for level in made.levels]
+            found[i] = [x.squeeze(1) for x in lattices] if made.ndim == 1 else lattices
     return found
 
 
@@ -67,12 +68,14 @@ def summarise_backward(
     options: Options,
     d_lattices: list[list[Tensor]],
     d_tokens: list[Tensor],
+    add: bool = True,
 ) -> list[Kernels]:
     """The gradients of `summarise`, which is run again for its block sums.
 
     Args:
-        d_lattices: gradients of what `summarise` returned, float32.
-        d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous; the gradients of the tokens are added to them.
+        d_lattices: gradients of what `summarise` returned, float32, at least one level.
+        d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous: where the gradients of the tokens go.
+        add: add to `d_tokens`; else overwrite them, which saves reading them and filling them first.
 
     Returns:
         Gradients of the kernels, in their dtypes; zero for levels that the grid does not use.
@@ -81,7 +84,7 @@ def summarise_backward(
     if d_lattices[0]:
         for group in _strided_alike(tokens):
             own = [[x[i] for i in group] for x in (tokens, kernels, d_lattices, d_tokens, grads)]
-            _Pass(*own[:2], key_mask, options, len(d_lattices[0]), learn=True).backward(*own[2:])
+            _Pass(*own[:2], key_mask, options, len(d_lattices[0]), learn=True).backward(*own[2:], add)
     pairs = (zip(d, learned, strict=True) for d, learned in zip(grads, kernels, strict=True))
     return [[[d.to(w.dtype) for d, w in zip(*axes, strict=True)] for axes in both] for both in pairs]
 
@@ -102,12 +105,14 @@ class _Source:
         views: an array each, `[B, heads, rows, columns, head_dim]`, strided alike.
         counts: under a mask, existing tokens of each block, float32 `[B, rows, columns]`.
         d_views: gradients, like `views`, where they are being made.
+        is_written: `d_views` hold something to add to.
     """
 
     unit: tuple[int, int]
     views: list[Tensor]
     counts: Tensor | None
     d_views: list[Tensor] | None = None
+    is_written: bool = False
 
 
 @dataclass
@@ -270,9 +275,10 @@ class _Pass:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             tiles.launch(kernel.__name__, self.device, self.head_dim, self.dtype, launch)
 
-    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], grads: list[Kernels]) -> None:
-        """Add the gradients of the tokens to `d_tokens` and those of the kernels to `grads` (float32)."""
+    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], grads: list[Kernels], add: bool) -> None:
+        """Put the gradients of the tokens into `d_tokens`, and add those of the kernels to `grads` (float32)."""
         self.sources[0].d_views = [self._flat(x.movedim(-2, 1)) for x in d_tokens]
+        self.sources[0].is_written = add
         for level in reversed(self.levels):
             d_summaries = [lattices[level.number - 1].contiguous() for lattices in d_lattices]
             if any(self.kernels):
@@ -281,15 +287,15 @@ class _Pass:
 
     def _source_gradient(self, level: _Level, d_summaries: list[Tensor]) -> None:
         source = self.sources[level.source]
-        add = source.d_views is not None
-        if not add:
+        if source.d_views is None:
             source.d_views = [torch.empty_like(x) for x in source.views]
         arguments, sizes, constants = self._arguments(level, source.d_views)
         d_blocks = self.sources[level.source + 1].d_views if level.emits else [None]
         for first in range(0, self.options.rank, MAX_RANKS):
             inputs = (*_three(d_summaries), level.factors, *_three([None] if first else d_blocks))
-            own = constants | dict(ADD=add or first > 0)
+            own = constants | dict(ADD=source.is_written or first > 0)
             self._launch_by_cells(source_gradient_kernel, level, (*arguments, *inputs, *sizes, first), own)
+        source.is_written = True
 
     def _weight_gradient(self, level: _Level, d_summaries: list[Tensor], grads: list[Kernels]) -> None:
         source = self.sources[level.source]
@@ -326,7 +332,7 @@ class _Pass:
 
 
 def _by_bin(d_table: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of a kernel `[p, heads | 1, head_dim | 1, b]` from that of its table `[side, p, heads, head_dim]`."""
+    """A kernel's gradient, `[p, heads | 1, head_dim | 1, b]`, from that of its table, `[side, p, heads, head_dim]`."""
     bins = shape[-1]
     d_kernel = d_table.unflatten(0, (bins, -1)).sum(1).permute(1, 2, 3, 0) * (bins / d_table.shape[0])
     return d_kernel.sum_to_size(shape)

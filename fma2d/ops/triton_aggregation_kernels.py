@@ -73,21 +73,21 @@ def _ratio(whole, left):
 def _axis_factor(
     table, which, cell, k, heads, head, d, unit, extent, SIDE: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """What an axis scales cells by for what the grid's end cuts off: `[ranks, cells, channels]`; `cell`: `[cells]`."""
-    whole = tl.zeros([k.shape[0], 1, d.shape[2]], tl.float32)
-    left = tl.zeros([k.shape[0], cell.shape[0], d.shape[2]], tl.float32)
+    """What an axis scales cells by for what the grid's end cuts off: `[cells, ranks, channels]`; `cell`: `[cells]`."""
+    whole = tl.zeros([1, k.shape[1], d.shape[2]], tl.float32)
+    left = tl.zeros([cell.shape[0], k.shape[1], d.shape[2]], tl.float32)
     for i in range(SIDE):
         size = tl.abs(_weights(table, which, i, k, heads, head, d, SIDE, RANK, HEAD_DIM))
         whole += size * unit
-        left += size * _tokens((cell * SIDE + i) * unit, unit, extent)[None, :, None]
+        left += size * _tokens((cell * SIDE + i) * unit, unit, extent)[:, None, None]
     full = (cell + 1) * SIDE * unit <= extent
-    return tl.where(full[None, :, None], 1.0, _ratio(whole, left))
+    return tl.where(full[:, None, None], 1.0, _ratio(whole, left))
 
 
 @triton.jit
 def _over_cells(x, CELLS: tl.constexpr, PAIRS: tl.constexpr):
-    """Sum `[ranks, cells * pairs, channels]` over the pairs of each cell."""
-    return tl.sum(tl.reshape(x, [x.shape[0], CELLS, PAIRS, x.shape[2]]), 2)
+    """Sum `[cells * pairs, ranks, channels]` over the pairs of each cell."""
+    return tl.sum(tl.reshape(x, [CELLS, PAIRS, x.shape[1], x.shape[2]]), 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -117,43 +117,45 @@ def summarise_kernel(
     image, cy, cx, real = _cells(tile, batch, cells_y, cells_x, CELLS, ROWS)
     pair = tl.arange(0, ROWS) % PAIRS
     d = tl.arange(0, BLOCK_D)[None, :]
-    k3, d3 = first + tl.arange(0, BLOCK_P)[:, None, None], tl.arange(0, BLOCK_D)[None, None, :]
+    k3, d3 = first + tl.arange(0, BLOCK_P)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
     x = _choose(which, x0, x1, x2)
     x += (image * stride_b + head * stride_h)[:, None] * VEC + d * stride_d
 
-    summary = tl.zeros([BLOCK_P, CELLS, BLOCK_D], tl.float32)
+    # Weights are loaded for every row, so that a row's ranks lie in one thread.
+    same = tl.zeros([ROWS, 1, 1], tl.int32)
+    summary = tl.zeros([CELLS, BLOCK_P, BLOCK_D], tl.float32)
     left, whole, exist = summary, summary, tl.zeros([ROWS], tl.float32)
     for start in range(0, SIDE_X, 2 * PAIRS):
         unit = start + 2 * pair
         column = cx * SIDE_X + unit
         is_even = real & (unit < SIDE_X) & (column < columns)
         is_odd = real & (unit + 1 < SIDE_X) & (column + 1 < columns)
-        even = tl.zeros([BLOCK_P, ROWS, BLOCK_D], tl.float32)
+        even = tl.zeros([ROWS, BLOCK_P, BLOCK_D], tl.float32)
         odd = even
         if counts is not None:
             left_even, left_odd = even, even
-            whole_y = tl.zeros([BLOCK_P, 1, BLOCK_D], tl.float32)
+            whole_y = tl.zeros([ROWS, BLOCK_P, BLOCK_D], tl.float32)
         for row in range(0, SIDE_Y, DOWN):
             block = tl.zeros([ROWS, BLOCK_D], tl.float32)
             for i in tl.static_range(DOWN):
                 y = cy * SIDE_Y + row + i
                 inside = (row + i < SIDE_Y) & (y < rows)
                 load_even, load_odd = is_even & inside, is_odd & inside
-                weight = _weights(weights_y, which, row + i, k3, heads, head, d3, SIDE_Y, RANK, HEAD_DIM)
+                weight = _weights(weights_y, which, row + i + same, k3, heads, head, d3, SIDE_Y, RANK, HEAD_DIM)
                 if counts is not None:
                     count_at = counts + (image * rows + y).to(tl.int64) * columns + column
                     count_even, count_odd = tl.load(count_at, load_even, 0.0), tl.load(count_at + 1, load_odd, 0.0)
                     load_even, load_odd = count_even > 0, count_odd > 0
                     exist += count_even + count_odd
                     size = tl.abs(weight)
-                    left_even += size * count_even[None, :, None]
-                    left_odd += size * count_odd[None, :, None]
+                    left_even += size * count_even[:, None, None]
+                    left_odd += size * count_odd[:, None, None]
                     whole_y += size * unit_y
                 at = x + (y * stride_y + column * stride_x)[:, None] * VEC
                 x_even = tl.load(at, load_even[:, None] & (d < HEAD_DIM), 0.0).to(tl.float32)
                 x_odd = tl.load(at + stride_x * VEC, load_odd[:, None] & (d < HEAD_DIM), 0.0).to(tl.float32)
-                even += weight * x_even[None]
-                odd += weight * x_odd[None]
+                even += weight * x_even[:, None, :]
+                odd += weight * x_odd[:, None, :]
                 block += x_even + x_odd
             if blocks is not None:
                 to_y, to_x = (cy * SIDE_Y + row) // DOWN, column // 2
@@ -161,7 +163,7 @@ def summarise_kernel(
                 to = (((which * batch + image) * to_rows + to_y).to(tl.int64) * to_columns + to_x) * heads + head
                 wanted = is_even & (to_y < to_rows)
                 tl.store(blocks + to[:, None] * HEAD_DIM + d, block, wanted[:, None] & (d < HEAD_DIM))
-        unit3 = unit[None, :, None]
+        unit3 = unit[:, None, None]
         weight_even = _weights(weights_x, which, unit3, k3, heads, head, d3, SIDE_X, RANK, HEAD_DIM)
         weight_odd = _weights(weights_x, which, unit3 + 1, k3, heads, head, d3, SIDE_X, RANK, HEAD_DIM)
         summary += _over_cells(even * weight_even + odd * weight_odd, CELLS, PAIRS)
@@ -171,19 +173,19 @@ def summarise_kernel(
             whole += _over_cells(whole_y * (weight_even + weight_odd) * unit_x, CELLS, PAIRS)
 
     image, cy, cx, real = _cells(tile, batch, cells_y, cells_x, CELLS, CELLS)
-    factor = tl.full([BLOCK_P, CELLS, BLOCK_D], 1.0, tl.float32)
+    factor = tl.full([CELLS, BLOCK_P, BLOCK_D], 1.0, tl.float32)
     if counts is not None:
         full = tl.sum(tl.reshape(exist, [CELLS, PAIRS]), 1) == SIDE_Y * SIDE_X * unit_y * unit_x
-        factor = tl.where(full[None, :, None], 1.0, _ratio(whole, left))
+        factor = tl.where(full[:, None, None], 1.0, _ratio(whole, left))
     else:
         cut = ((cy + 1) * SIDE_Y * unit_y > height) | ((cx + 1) * SIDE_X * unit_x > width)
         if tl.max(cut.to(tl.int32)) > 0:
             factor = _axis_factor(weights_y, which, cy, k3, heads, head, d3, unit_y, height, SIDE_Y, RANK, HEAD_DIM)
             factor *= _axis_factor(weights_x, which, cx, k3, heads, head, d3, unit_x, width, SIDE_X, RANK, HEAD_DIM)
-    image, cy, cx = image[None, :, None], cy[None, :, None], cx[None, :, None]
+    image, cy, cx = image[:, None, None], cy[:, None, None], cx[:, None, None]
     to = _summary_at(image, cy, cx, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
     to += which * (batch.to(tl.int64) * cells_y * cells_x * RANK * heads * HEAD_DIM)
-    wanted = real[None, :, None] & (k3 < RANK) & (d3 < HEAD_DIM)
+    wanted = real[:, None, None] & (k3 < RANK) & (d3 < HEAD_DIM)
     tl.store(out + to, summary * factor * scale, wanted)
     if factors is not None:
         tl.store(factors + to, factor, wanted)
@@ -202,7 +204,7 @@ def source_gradient_kernel(
 
     Args:
         d0, d1, d2: gradients of the source, strided like it; added to with ADD, else overwritten.
-        counts: as in the forward; the gradient of a unit without tokens is left as it is.
+        counts: as in the forward; a unit without tokens has gradient 0.
         g0, g1, g2: gradients of the summaries, `[B, *lattice, heads, head_dim]` each.
         factors: as written by the forward; None: all cells are full.
         p0, p1, p2: None, or the gradients of the sums over blocks that were made from this source, added to its own;
@@ -217,25 +219,27 @@ def source_gradient_kernel(
     image, cy, cx, real = _cells(tile, batch, cells_y, cells_x, CELLS, ROWS)
     pair = tl.arange(0, ROWS) % PAIRS
     d = tl.arange(0, BLOCK_D)[None, :]
-    k3, d3 = first + tl.arange(0, BLOCK_P)[:, None, None], tl.arange(0, BLOCK_D)[None, None, :]
+    k3, d3 = first + tl.arange(0, BLOCK_P)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
     if p0 is not None:
         parent = _choose(which, p0, p1, p2)
     x = _choose(which, d0, d1, d2)
     x += (image * stride_b + head * stride_h)[:, None] * VEC + d * stride_d
 
-    image3, cy3, cx3 = image[None, :, None], cy[None, :, None], cx[None, :, None]
+    image3, cy3, cx3 = image[:, None, None], cy[:, None, None], cx[:, None, None]
     summary_at = _summary_at(image3, cy3, cx3, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
-    wanted = real[None, :, None] & (k3 < RANK) & (d3 < HEAD_DIM)
+    wanted = real[:, None, None] & (k3 < RANK) & (d3 < HEAD_DIM)
     d_summary = tl.load(_choose(which, g0, g1, g2) + summary_at, wanted, 0.0) * scale
     if factors is not None:
         summary_at += which * (batch.to(tl.int64) * cells_y * cells_x * RANK * heads * HEAD_DIM)
         d_summary *= tl.load(factors + summary_at, wanted, 0.0)
+    # Weights are loaded for every row, which keeps all that is summed below in one thread.
+    same = tl.zeros([ROWS, 1, 1], tl.int32)
     for start in range(0, SIDE_X, 2 * PAIRS):
         unit = start + 2 * pair
         column = cx * SIDE_X + unit
         is_even = real & (unit < SIDE_X) & (column < columns)
         is_odd = real & (unit + 1 < SIDE_X) & (column + 1 < columns)
-        unit3 = unit[None, :, None]
+        unit3 = unit[:, None, None]
         even = d_summary * _weights(weights_x, which, unit3, k3, heads, head, d3, SIDE_X, RANK, HEAD_DIM)
         odd = d_summary * _weights(weights_x, which, unit3 + 1, k3, heads, head, d3, SIDE_X, RANK, HEAD_DIM)
         for row in range(0, SIDE_Y, DOWN):
@@ -249,16 +253,16 @@ def source_gradient_kernel(
             for i in tl.static_range(DOWN):
                 y = cy * SIDE_Y + row + i
                 inside = (row + i < SIDE_Y) & (y < rows)
-                store_even, store_odd = is_even & inside, is_odd & inside
+                store_even, store_odd = (is_even & inside)[:, None], (is_odd & inside)[:, None]
+                weight = _weights(weights_y, which, row + i + same, k3, heads, head, d3, SIDE_Y, RANK, HEAD_DIM)
+                d_even, d_odd = d_block + tl.sum(weight * even, 1), d_block + tl.sum(weight * odd, 1)
                 if counts is not None:
-                    count_at = counts + (image * rows + y).to(tl.int64) * columns + column
-                    store_even = tl.load(count_at, store_even, 0.0) > 0
-                    store_odd = tl.load(count_at + 1, store_odd, 0.0) > 0
-                weight = _weights(weights_y, which, row + i, k3, heads, head, d3, SIDE_Y, RANK, HEAD_DIM)
-                d_even, d_odd = d_block + tl.sum(weight * even, 0), d_block + tl.sum(weight * odd, 0)
+                    count_at = (counts + (image * rows + y).to(tl.int64) * columns + column)[:, None]
+                    d_even = tl.where(tl.load(count_at, store_even, 0.0) > 0, d_even, 0.0)
+                    d_odd = tl.where(tl.load(count_at + 1, store_odd, 0.0) > 0, d_odd, 0.0)
                 at_even = x + (y * stride_y + column * stride_x)[:, None] * VEC
                 at_odd = at_even + stride_x * VEC
-                store_even, store_odd = store_even[:, None] & (d < HEAD_DIM), store_odd[:, None] & (d < HEAD_DIM)
+                store_even, store_odd = store_even & (d < HEAD_DIM), store_odd & (d < HEAD_DIM)
                 if ADD:
                     d_even += tl.load(at_even, store_even, 0.0)
                     d_odd += tl.load(at_odd, store_odd, 0.0)
@@ -299,7 +303,8 @@ def weight_gradient_kernel(
     total = tl.zeros([CELLS, BLOCK_X, BLOCK_P, BLOCK_D], tl.float32)
     if factors is not None:
         lost = total
-        whole_y, whole_x = tl.zeros([1, 1, BLOCK_P, BLOCK_D], tl.float32), tl.zeros([1, 1, BLOCK_P, BLOCK_D], tl.float32)
+        whole_y = tl.zeros([1, 1, BLOCK_P, BLOCK_D], tl.float32)
+        whole_x = whole_y
         for i in range(SIDE_Y):
             whole_y += tl.abs(_weights(weights_y, which, i, k, heads, head, d, SIDE_Y, RANK, HEAD_DIM))
         for i in range(SIDE_X):
