@@ -52,12 +52,14 @@ TABLE = {
     "near_dkdv": _ATTENTION,
     "summarise_kernel": _AGGREGATION,
     "source_gradient_kernel": _AGGREGATION,
-    "weight_gradient_kernel": _AGGREGATION,
+    "weight_gradient_kernel": (Tile(2048, 4, 2), 512),
 }
 # Where a kernel needs another tile: (kernel, tier, head_dim up to, dtype).
 EXCEPTIONS: dict[tuple[str, str, int, torch.dtype], Tile] = {}
 # The interpreter runs one program after the other, each step an array operation: few large tiles.
-INTERPRETER = {kernel: Tile(1 << 16, 4, 1) for kernel, entry in TABLE.items() if entry is _AGGREGATION}
+INTERPRETER = {
+    kernel: Tile(1 << 16, 4, 1) for kernel in ("summarise_kernel", "source_gradient_kernel", "weight_gradient_kernel")
+}
 
 
 def tier(capability: tuple[int, int]) -> str:
