@@ -36,30 +36,50 @@ class Tile:
     num_stages: int
 
 
-# For every kernel its tile, and the smallest block worth a try.
-_ATTENTION, _AGGREGATION = (Tile(64, 4, 2), 16), (Tile(4096, 4, 2), 512)
-TABLE = {
-    "near_forward": _ATTENTION,
-    "coarse_forward": _ATTENTION,
-    "merge_levels": _ATTENTION,
-    "prepare": _ATTENTION,
-    "collect": _ATTENTION,
-    "coarse_dq": _ATTENTION,
-    "coarse_dkdv": _ATTENTION,
-    "column_dkdv": _ATTENTION,
-    "column_sum": _ATTENTION,
-    "near_dq": _ATTENTION,
-    "near_dkdv": _ATTENTION,
+_HALF, _SINGLE = (torch.float16, torch.bfloat16), (torch.float32,)
+_ALL = (*_HALF, *_SINGLE)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A tile and where it is used: up to a head_dim, for some dtypes, on some tiers (all if none is named)."""
+
+    head_dim: int
+    dtypes: tuple[torch.dtype, ...]
+    tile: Tile
+    tiers: tuple[str, ...] = tuple(SHARED_MEMORY)
+
+
+_QUERIES = (
+    Rule(32, _HALF, Tile(64, 4, 2)),
+    Rule(64, _HALF, Tile(64, 4, 3)),
+    Rule(128, _HALF, Tile(64, 4, 2)),
+    Rule(64, _SINGLE, Tile(32, 4, 2)),
+    Rule(128, _SINGLE, Tile(32, 8, 1)),
+)
+_PARENTS = (Rule(64, _ALL, Tile(16, 4, 2)), Rule(128, _ALL, Tile(16, 4, 1)))
+_LATTICES = (Rule(128, _ALL, Tile(32, 4, 2)),)
+_AGGREGATION = (Rule(128, _ALL, Tile(4096, 4, 2)),)
+# For each kernel its rules; the first that fits counts. None of the choices spills registers.
+TABLE: dict[str, tuple[Rule, ...]] = {
+    "near_forward": _QUERIES,
+    "near_dq": _QUERIES,
+    "near_dkdv": (
+        Rule(64, _HALF, Tile(64, 4, 2)),
+        Rule(128, _HALF, Tile(64, 8, 2)),
+        Rule(128, _SINGLE, Tile(32, 8, 1)),
+    ),
+    "prepare": (Rule(128, _HALF, Tile(64, 4, 1)), Rule(128, _SINGLE, Tile(32, 4, 1))),
+    "column_dkdv": (Rule(128, _HALF, Tile(16, 4, 2)), Rule(128, _SINGLE, Tile(16, 4, 1))),
+    **dict.fromkeys(("coarse_forward", "coarse_dq", "coarse_dkdv", "column_sum"), _PARENTS),
+    **dict.fromkeys(("merge_levels", "collect"), _LATTICES),
     "summarise_kernel": _AGGREGATION,
     "source_gradient_kernel": _AGGREGATION,
-    "weight_gradient_kernel": (Tile(2048, 4, 2), 512),
+    "weight_gradient_kernel": (Rule(128, _ALL, Tile(2048, 4, 2)),),
 }
-# Where a kernel needs another tile: (kernel, tier, head_dim up to, dtype).
-EXCEPTIONS: dict[tuple[str, str, int, torch.dtype], Tile] = {}
+AGGREGATION = ("summarise_kernel", "source_gradient_kernel", "weight_gradient_kernel")
 # The interpreter runs one program after the other, each step an array operation: few large tiles.
-INTERPRETER = {
-    kernel: Tile(1 << 16, 4, 1) for kernel in ("summarise_kernel", "source_gradient_kernel", "weight_gradient_kernel")
-}
+INTERPRETER = dict.fromkeys(AGGREGATION, Tile(1 << 16, 4, 1))
 
 
 def tier(capability: tuple[int, int]) -> str:
@@ -84,19 +104,26 @@ def why_not(capability: tuple[int, int]) -> str | None:
 
 
 def choose(kernel: str, capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel: what was tuned, else the table's."""
+    """The tile of a kernel: what was tuned, else the table's.
+
+    Raises:
+        ValueError: for a capability, head_dim or dtype that the kernels do not cover.
+    """
     family = tier(capability)
     if found := _tuned().get(_key(kernel, family, head_dim, dtype)):
         return found
-    limits = [n for name, t, n, d in EXCEPTIONS if (name, t, d) == (kernel, family, dtype) and n >= head_dim]
-    return EXCEPTIONS[kernel, family, min(limits), dtype] if limits else TABLE[kernel][0]
+    fits = [r.tile for r in TABLE[kernel] if head_dim <= r.head_dim and dtype in r.dtypes and family in r.tiers]
+    if not fits:
+        raise ValueError(f"{kernel} has no tile for head_dim {head_dim} and {dtype}: 1 to 128, 16- or 32-bit floats")
+    return fits[0]
 
 
 def smaller(kernel: str, tile: Tile) -> Tile | None:
     """The next tile to try where one needs too much: without stages, then with half the block; None after the last."""
     if tile.num_stages > 1:
         return replace(tile, num_stages=1)
-    if tile.block // 2 < TABLE[kernel][1]:
+    least = 512 if kernel in AGGREGATION else 16  # the sides of a product of matrices are at least 16
+    if tile.block // 2 < least:
         return None
     return replace(tile, block=tile.block // 2)
 
