@@ -1,0 +1,64 @@
+"""Every kernel compiled ahead of time, in processes without Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("fma2d.ops.triton_backend")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(*arguments, timeout=900):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def check(*arguments, timeout=900):
+    done = python("tools/kernel_report.py", *arguments, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_no_spill_and_no_budget_overrun_in_the_main_configuration(tmp_path):
+    path = tmp_path / "report.csv"
+    printed = check("--main", "--only", "d64 r8 p4 64x64", "--arch", "80", "86", "90", "--csv", path)
+    assert "none at fault" in printed
+    lines = path.read_text().splitlines()
+    for kernel in ("near_forward", "near_dkdv", "summarise_kernel", "weight_gradient_kernel"):
+        assert {line.split(",")[0] for line in lines if f",{kernel}," in line} == {"sm_80", "sm_86", "sm_90"}
+
+
+@pytest.mark.slow
+def test_all_configurations():
+    check("--arch", "80", "86", "90", "--main", timeout=3600)
+    check(timeout=3600)
+
+
+def test_sizes_of_images_cause_no_compilation():
+    """Over 16 sizes of three levels each kernel is compiled as often as it has reasons of other kinds.
+
+    These are for the aggregation: it reads tokens or blocks, makes blocks or not, and has cut cells or not.
+    """
+    script = """
+import collections, json, random, sys
+sys.path.insert(0, "tools")
+import kernel_report
+draw, found = random.Random(0), set()
+for _ in range(16):
+    config = kernel_report.Config(grid=(draw.randint(65, 128), draw.randint(20, 128)))
+    found.update(kernel_report.launches(config, 90))
+print(json.dumps(collections.Counter(launch.kernel for launch in found)))
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout)
+    reasons = dict(summarise_kernel=6, source_gradient_kernel=8, weight_gradient_kernel=4)
+    assert set(counts) > set(reasons)
+    assert {kernel: count for kernel, count in counts.items() if count > reasons.get(kernel, 1)} == {}
