@@ -5,13 +5,14 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fma2d import multipole_attention, num_levels, start_kernels
 from fma2d.geometry import count_pairs
 
+from . import peers as others
 from .harness import GateError, Task, Work, text_table
 
+# And "backward", which says nothing new where both are measured one by one.
 MODES = ("forward", "forward+backward")
 VARIANTS = ("linear", "loglinear")
 DENSE = "sdpa"
@@ -27,9 +28,10 @@ def tasks(
     head_dim: int = 64,
     cell_size: int = 8,
     rank: int = 4,
+    peers: Sequence[str] = (DENSE,),
     **setting,
 ) -> list[Task]:
-    """Tasks for each grid: `fma2d-<backend>` in each variant, then dense attention; `setting`: of `Task`."""
+    """Tasks for each grid: `fma2d-<backend>` in each variant, then its peers; `setting`: of `Task`."""
     found = []
     for height, width in sorted(grids, key=prod):
         for mode in modes:
@@ -39,40 +41,68 @@ def tasks(
                 own = dict(name=f"fma2d-{backend}", variant=variant, cell_size=cell_size, rank=rank)
                 cost = sum(count_pairs((height, width), cell_size, rank, linear=variant == "linear"))
                 found.append(Task(f"{__name__}:build", subject | own, cost, **setting))
-            found.append(Task(f"{__name__}:build", subject | {"name": DENSE}, (height * width) ** 2, **setting))
+            for name in peers:
+                cost = others.pairs(name, height, width, count_pairs((height, width), cell_size, rank, linear=True)[0])
+                extra = {} if name == DENSE else {"near_cell": cell_size}
+                found.append(Task(f"{__name__}:build", subject | {"name": name}, cost, extra=extra, **setting))
     return found
 
 
 def build(
-    *, benchmark, name, mode, height, width, batch, heads, head_dim, device, dtype, variant="", cell_size=8, rank=4
+    *,
+    benchmark,
+    name,
+    mode,
+    height,
+    width,
+    batch,
+    heads,
+    head_dim,
+    device,
+    dtype,
+    variant="",
+    cell_size=8,
+    rank=4,
+    near_cell=8,
 ) -> Work:
-    """The work of a row. In memory q, k and v lie as a fused projection leaves them, channels last."""
+    """The work of a row. In memory q, k and v lie as a fused projection leaves them, channels last.
+
+    `near_cell`: cell size of the near field whose cover a peer is to have.
+    """
     like = dict(device=device, dtype=getattr(torch, dtype))
-    learn = mode == "forward+backward"
+    learn, is_peer = mode != "forward", name in others.PEERS
 
     def inputs(grid) -> list[Tensor]:
         """q, k, v `[B, heads, *grid, head_dim]`, then the kernels of all levels."""
         tokens = torch.randn(batch, *grid, 3, heads, head_dim, **like).movedim(-3, 0).movedim(-2, 2)
-        levels = 0 if name == DENSE else num_levels(grid, cell_size) * (3 if variant == "linear" else 2)
+        levels = 0 if is_peer else num_levels(grid, cell_size) * (3 if variant == "linear" else 2)
         kernels = [start_kernels(1, cell_size, rank, 2, heads, head_dim, device=device) for _ in range(levels)]
         return [x.detach().requires_grad_(learn) for x in (*tokens, *(w for axes in kernels for w in axes))]
 
     def attend(q, k, v, *kernels) -> Tensor:
-        if name == DENSE:
-            return F.scaled_dot_product_attention(*(x.flatten(2, 3) for x in (q, k, v))).view(q.shape)
+        if is_peer:
+            return attend_as[tuple(q.shape[2:4])](q, k, v)
         groups = by_level(kernels, num_levels(q.shape[2:-1], cell_size), 3 if variant == "linear" else 2)
         return multipole_attention(
             q, k, v, *groups[:2], query_kernels=groups[2], cell_size=cell_size, rank=rank, backend=name.split("-")[1]
         )
 
-    def step(leaves, d_out) -> list[Tensor]:
-        out = attend(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, d_out)] if learn else [out]
-
     def work(grid):
+        if is_peer:
+            attend_as[grid] = others.peer(name, height=grid[0], width=grid[1], cell_size=near_cell, device=device)
         leaves = inputs(grid)
-        d_out = torch.randn(batch, *grid, heads, head_dim, **like).movedim(-2, 1) if learn else None
-        return lambda: step(leaves, d_out)
+        if not learn:
+            return lambda: [attend(*leaves)]
+        d_out = torch.randn(batch, *grid, heads, head_dim, **like).movedim(-2, 1)
+        if mode == "backward":
+            out = attend(*leaves)
+            return lambda: [out, *torch.autograd.grad(out, leaves, d_out, retain_graph=True)]
+
+        def step() -> list[Tensor]:
+            out = attend(*leaves)
+            return [out, *torch.autograd.grad(out, leaves, d_out)]
+
+        return step
 
     def check(results: list[Tensor]) -> None:
         if results[0].shape != (batch, heads, height, width, head_dim) or not all(x.isfinite().all() for x in results):
@@ -80,12 +110,14 @@ def build(
 
     def facts() -> dict:
         grid = (height, width)
-        count = (height * width) ** 2
-        if name != DENSE:
-            count = sum(count_pairs(grid, cell_size, rank, linear=variant == "linear"))
+        linear = is_peer or variant == "linear"
+        count = count_pairs(grid, near_cell if is_peer else cell_size, rank, linear=linear)
+        count = others.pairs(name, *grid, count[0]) if is_peer else sum(count)
         # Products of a pair: its score and its value; backward, the score again and four gradients.
-        return dict(tokens=batch * height * width, macs=count * batch * heads * head_dim * (7 if learn else 2))
+        products = {"forward": 2, "backward": 5, "forward+backward": 7}[mode]
+        return dict(tokens=batch * height * width, macs=count * batch * heads * head_dim * products)
 
+    attend_as = {}
     tiny = work((4 * cell_size, 4 * cell_size))
     return Work(step=work((height, width)), check=check, warm_up=tiny, facts=facts)
 
@@ -156,13 +188,15 @@ def table(rows: list[dict]) -> str:
         if row["status"] != "ok":
             notes.append(f"{row['name']} {row['height']}x{row['width']} {row['mode']}: {row['status']}")
         elif row["name"] != DENSE:
-            peer, bound = dense.get(_place(row)), flop_bound(row)
+            peer, bound = dense.get(_place(row)), flop_bound(row) if row["variant"] else None
             line = [f"{row['height']}x{row['width']}", row["mode"], row["name"], row["variant"], _ms(row)]
             if peer and peer["status"] == "ok":
                 ratio = float(peer["median_ms"]) / float(row["median_ms"])
-                line += [_ms(peer), f"{ratio:.1f}", f"{bound:.1f}", f"{ratio / bound:.2f}"]
+                line += [_ms(peer), f"{ratio:.1f}"]
             else:
-                line += ["-", "-", f"{bound:.1f}", "-"]
+                ratio = None
+                line += ["-", "-"]
+            line += [f"{bound:.1f}" if bound else "-", f"{ratio / bound:.2f}" if bound and ratio else "-"]
             lines.append([*line, _bytes_per_token(row), _bytes_per_token(peer)])
     header = ["tokens", "mode", "name", "variant", "ms", f"{DENSE} ms", "faster", "FLOP bound", "of it", "B/token"]
     return "\n".join([text_table([*header, f"{DENSE} B/token"], lines), *notes])

@@ -17,6 +17,8 @@ from .harness import OUT_OF_MEMORY, GateError
 
 MIB = 1 << 20
 MAX_REPEATS = 20
+# On a GPU, calls that are timed together last about this long, so that starting and awaiting them does not count.
+GPU_SECONDS = 0.02
 
 
 def answer(order: dict) -> dict:
@@ -57,9 +59,12 @@ def _measured(order: dict) -> dict:
 
     times, long_enough = [first], order["repeat_seconds"]
     if first <= long_enough:
-        times = []
-        while len(times) < 3 or (sum(times) < long_enough and len(times) < MAX_REPEATS):
-            times.append(_timed(work.step, device)[0])
+        times, calls = [], 1
+        if device.startswith("cuda"):
+            _timed(work.step, device)  # the first call compiled
+            calls = max(1, round(GPU_SECONDS / _timed(work.step, device)[0]))
+        while len(times) < 3 or (calls * sum(times) < long_enough and len(times) < MAX_REPEATS):
+            times.append(_timed(work.step, device, calls)[0] / calls)
     deciles = quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     row = {"status": "ok", "repeats": len(times)}
     row |= {name: f"{1000 * deciles[i]:.4g}" for name, i in (("q10_ms", 0), ("median_ms", 4), ("q90_ms", 8))}
@@ -68,11 +73,12 @@ def _measured(order: dict) -> dict:
     return row | work.facts()
 
 
-def _timed(step, device: str) -> tuple[float, object]:
+def _timed(step, device: str, calls: int = 1) -> tuple[float, object]:
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronize()
     start = time.perf_counter()
-    result = step()
+    for _ in range(calls):
+        result = step()
     synchronize()
     return time.perf_counter() - start, result
 

@@ -1,0 +1,213 @@
+"""Everything that a GPU is needed for, in one command; see --help.
+
+In order: correctness on the device, what the card can do at most, the operator against its peers, which kernel takes
+how long, the models. Each piece takes at most eight minutes and is recorded when it is done: the same command started
+again goes on with the next, and within a piece with the next row. A piece that shows a wrong result ends the programme.
+Results are CSV files in one folder; tools/plot.py draws them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+SMOKE = "--smoke" in sys.argv
+os.environ["TRITON_INTERPRET"] = str(int(SMOKE))  # read when triton is imported, here and in the processes of the rows
+
+import torch
+
+from benchmarks import card, device_checks, model_benchmark, operator_benchmark, peers
+from benchmarks.harness import GateError, Limits, run, text_table
+from benchmarks.records import ROOT, Results, commit
+
+PIECE_SECONDS = 480
+MARGIN = 40  # of a piece's time, for what comes before and after its rows
+BACKEND = "fma2d-triton"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the programme. `work` returns whether it is done, False to be called again."""
+
+    name: str
+    work: Callable[[], bool]
+
+
+class Programme:
+    """The pieces, on a GPU or, tiny, on the CPU through Triton's interpreter."""
+
+    def __init__(self, folder: Path, smoke: bool, fresh: bool):
+        self.folder, self.smoke, self.fresh = folder, smoke, fresh
+        self.device = "cpu" if smoke else "cuda"
+        self.state = folder / "done.json"
+
+    def pieces(self) -> list[Piece]:
+        return [*self._gates(), Piece("card", self._card), *self._operator(), Piece("kernels", self._kernels),
+                *self._models()]  # fmt: skip
+
+    # Correctness.
+
+    def _gates(self) -> list[Piece]:
+        files = sorted((ROOT / "tests").glob("test_triton_*.py"))
+        found = [Piece(f"gate: {path.stem}", lambda path=path: self._pytest(path)) for path in files]
+        for dtype in ("float32",) if self.smoke else ("float32", "bfloat16", "float16"):
+            found.append(Piece(f"gate: operator in {dtype}", lambda dtype=dtype: self._gate(dtype)))
+        for name in [] if self.smoke else device_checks.CHECKS:
+            found.append(Piece(f"gate: {name}", lambda name=name: self._check(name)))
+        return found
+
+    def _pytest(self, path: Path) -> bool:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", str(path)]
+        command += ["-k", "one_row or no_level"] if self.smoke else []
+        done = subprocess.run(command, cwd=ROOT, timeout=PIECE_SECONDS)
+        if done.returncode not in (0, 5):  # 5: no test was selected
+            raise GateError(f"{path.name} failed")
+        return True
+
+    def _gate(self, dtype: str) -> bool:
+        operator_benchmark.gate(
+            self.device, dtype, "triton", ("linear",) if self.smoke else operator_benchmark.VARIANTS
+        )
+        return True
+
+    def _check(self, name: str) -> bool:
+        print(f"{name}: {device_checks.CHECKS[name](self.device)}")
+        return True
+
+    # Speed.
+
+    def _rows(self, file: str, tasks: list, table: Callable[[list[dict]], str]) -> bool:
+        limits = Limits(seconds=60, repeat_seconds=0.0 if self.smoke else 1.0, total_seconds=PIECE_SECONDS - MARGIN)
+        rows = run(tasks, Results(self.folder / file), limits, self.fresh)
+        print(table(rows))
+        # What was left out for want of time gets its turn in the next call.
+        return not any("are left" in row["status"] for row in rows)
+
+    def _setting(self, dtype: str) -> dict:
+        return dict(device=self.device, dtype=dtype, threads=1 if self.smoke else None)
+
+    def _card(self) -> bool:
+        sizes = (64,) if self.smoke else (8192,)
+        dtypes = ("float32",) if self.smoke else ("bfloat16", "float16")
+        tasks = [task for dtype in dtypes for task in card.tasks(sizes, **self._setting(dtype))]
+        return self._rows("card.csv", tasks, card.table)
+
+    def _operator(self) -> list[Piece]:
+        if self.smoke:
+            subjects = [("forward+backward", "float32", "linear", [(12, 12)])]
+            shape = dict(batch=1, heads=1, head_dim=8, cell_size=4)
+        else:
+            grids = [(n, n) for n in (32, 64, 128, 256, 512, 1024)]
+            modes, variants = ("forward", "backward", "forward+backward"), operator_benchmark.VARIANTS
+            subjects = [(m, d, v, grids) for d in ("bfloat16", "float16") for m in modes for v in variants]
+            shape = dict(batch=8, heads=2, head_dim=64)
+
+        def work(mode, dtype, variant, grids):
+            # Peers have no variant: they are measured once, beside the linear one.
+            names = peers.PEERS if variant == "linear" else ()
+            options = dict(modes=[mode], variants=[variant], backend="triton", peers=names)
+            tasks = operator_benchmark.tasks(grids, **options, **shape, **self._setting(dtype))
+            return self._rows("operator.csv", tasks, operator_benchmark.table)
+
+        return [
+            Piece(f"operator: {mode}, {dtype}, {variant}", lambda s=(mode, dtype, variant, grids): work(*s))
+            for mode, dtype, variant, grids in subjects
+        ]
+
+    def _kernels(self) -> bool:
+        if self.smoke:
+            print("skipped: the profiler sees no kernels in the interpreter")
+            return True
+        side, repeats = 256, 20
+        for variant in operator_benchmark.VARIANTS:
+            subject = dict(benchmark="operator", name=BACKEND, mode="forward+backward", variant=variant)
+            shape = dict(height=side, width=side, batch=8, heads=2, head_dim=64)
+            step = operator_benchmark.build(**subject, **shape, device=self.device, dtype="bfloat16").step
+            rows = card.kernel_times(step, repeats)
+            print(f"\n{variant}, {side} x {side} tokens, batch 8, 2 heads of 64, bfloat16")
+            print(text_table(["kernel", "calls", "us", "share"], rows))
+            card.write_kernel_times(self.folder / "kernels.csv", subject | shape, rows)
+        return True
+
+    def _models(self) -> list[Piece]:
+        if self.smoke:
+            subjects = [(("fma2d_nano", "mit_b0"), "inference", 64, 1)]
+        else:
+            groups = [(*group, "vit_base_patch16_224") if "fma2d_base" in group and len(group) < 3 else group
+                      for group in model_benchmark.CLASSES_OF_SIZE if "fma2d_small" not in group]  # fmt: skip
+            batches = {224: 64, 512: 16, 1024: 4, 2048: 1, 4096: 1}
+            subjects = [(g, m, n, b) for n, b in batches.items() for m in model_benchmark.MODES for g in groups]
+
+        def work(models, mode, size, batch):
+            options = dict(modes=[mode], batch=batch, **self._setting("float32" if self.smoke else "bfloat16"))
+            tasks = model_benchmark.tasks(models, [size], **options)
+            return self._rows("model.csv", tasks, model_benchmark.table)
+
+        return [
+            Piece(f"models: {mode} at {size} px, {models[1]} and peers", lambda s=(models, mode, size, batch): work(*s))
+            for models, mode, size, batch in subjects
+        ]
+
+    # Order.
+
+    def done(self) -> dict[str, str]:
+        """Pieces that are done, with the commit that they were done at."""
+        return json.loads(self.state.read_text()) if self.state.exists() else {}
+
+    def call(self, piece: Piece) -> bool:
+        """Do a piece and record it."""
+        start = time.monotonic()
+        finished = piece.work()
+        print(
+            f"-- {piece.name}: {'done' if finished else 'more to do'}, {time.monotonic() - start:.0f} s\n", flush=True
+        )
+        if finished:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.state.write_text(json.dumps(self.done() | {piece.name: commit()}, indent=1) + "\n")
+        return finished
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the programme or a piece of it; 1 if a result is wrong, 3 if a piece has more to do."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--list", action="store_true", help="list the pieces, with those done, and end")
+    add("--piece", type=int, metavar="N", help="only the piece of this number in the list, done or not")
+    add("--smoke", action="store_true", help="everything tiny, on the CPU through Triton's interpreter; no GPU needed")
+    add("--fresh", action="store_true", help="also what is done already")
+    add("--out", type=Path, help="folder of results (benchmarks/results/gpu; a temporary one with --smoke)")
+    args = parser.parse_args(argv)
+    folder = args.out or (Path(mkdtemp(prefix="fma2d-smoke-")) if args.smoke else ROOT / "benchmarks/results/gpu")
+    programme = Programme(folder, args.smoke, args.fresh)
+    pieces, done = programme.pieces(), {} if args.fresh else programme.done()
+    if args.list:
+        for number, piece in enumerate(pieces):
+            print(f"{number:3}  {piece.name}" + (f"  (done at {done[piece.name]})" if piece.name in done else ""))
+        return 0
+    if not args.smoke and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --smoke tries the programme on the CPU")
+    if args.piece is not None and not 0 <= args.piece < len(pieces):
+        parser.error(f"--piece must be from 0 to {len(pieces) - 1}; --list shows them")
+    chosen = [p for p in pieces if p.name not in done] if args.piece is None else [pieces[args.piece]]
+    left = []
+    try:
+        for number, piece in enumerate(chosen, 1):
+            print(f"== {number} of {len(chosen)}: {piece.name}", flush=True)
+            if not programme.call(piece):
+                left.append(piece.name)
+    except (GateError, subprocess.TimeoutExpired) as error:
+        print(f"gate failed: {error}", file=sys.stderr)
+        return 1
+    print(f"results in {folder}" + (f"; start again for the rest of: {'; '.join(left)}" if left else ""))
+    return 3 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
