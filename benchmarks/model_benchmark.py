@@ -141,7 +141,7 @@ def table(rows: list[dict]) -> str:
         peer_name = next((group[0] for group in CLASSES_OF_SIZE if row["name"] in group), "")
         peer = ok.get(_place(row | dict(name=peer_name, variant="", cell_size="", rank="")))
         line = [row["height"], row["mode"], row["name"], row["variant"], row["tokens"]]
-        line += [f"{int(row['params']) / 1e6:.1f}", f"{int(row['macs']) / 1e9:.1f}", f"{float(row['median_ms']):.0f}"]
+        line += [f"{int(row['params']) / 1e6:.1f}", f"{int(row['macs']) / 1e9:.1f}", f"{float(row['median_ms']):.4g}"]
         line += [f"{1000 * int(row['batch']) / float(row['median_ms']):.2f}", *_memory_columns(row)]
         line += [f"{float(row['median_ms']) / float(peer['median_ms']):.2f}" if peer else "-"]
         line += [f"{total_mib(row) / total_mib(peer):.2f}" if peer and row["peak_mib"] else "-"]

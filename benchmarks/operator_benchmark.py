@@ -207,7 +207,7 @@ def _place(row: dict) -> tuple:
 
 
 def _ms(row: dict) -> str:
-    return f"{float(row['median_ms']):.1f}"
+    return f"{float(row['median_ms']):.4g}"
 
 
 def _bytes_per_token(row: dict | None) -> str:

@@ -70,14 +70,15 @@ def flex(cell_size: int, height: int, width: int, device: str) -> Attend:
     across, tokens = padded[1] // cell_size, cell_size * cell_size
 
     def near(batch, head, query, key):
-        query, key = query // tokens, key // tokens
-        down, right = query // across - key // across, query % across - key % across
-        return (down.abs() <= 1) & (right.abs() <= 1)
+        cell, own, place = key // tokens, query // tokens, key % tokens
+        down, right = cell // across - own // across, cell % across - own % across
+        y, x = cell // across * cell_size + place // cell_size, cell % across * cell_size + place % cell_size
+        return (down.abs() <= 1) & (right.abs() <= 1) & (y < height) & (x < width)
 
     on_gpu = device.startswith("cuda")
-    make = torch.compile(create_block_mask) if on_gpu else create_block_mask
+    make = torch.compile(create_block_mask, dynamic=False) if on_gpu else create_block_mask
     mask = make(near, None, None, prod(padded), prod(padded), device=device)
-    run = torch.compile(flex_attention) if on_gpu else flex_attention
+    run = torch.compile(flex_attention, dynamic=False) if on_gpu else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pads = (0, 0, 0, padded[1] - width, 0, padded[0] - height)
