@@ -178,7 +178,7 @@ def test_no_level_no_work(monkeypatch):
 def test_tokens_are_read_once(monkeypatch):
     """With `cell_size` bins, every level above the first reads sums over blocks of 2**(level - 1) tokens."""
     case = Case((70, 40), 4, 1, (0,), batch=1, heads=1, head_dim=1)
-    made = triton_aggregation._Pass(case.tokens, case.kernels, None, case.options, case.levels)
+    made = triton_aggregation._Pass(case.tokens, case.kernels, None, case.options, case.levels, False)
     assert [level.source for level in made.levels] == [0, 1, 2, 3]
     assert [source.views[0].shape[2:4] for source in made.sources] == [(70, 40), (35, 20), (18, 10), (9, 5)]
     assert {level.side for level in made.levels} == {(4, 4)}

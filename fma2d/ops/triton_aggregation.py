@@ -38,27 +38,8 @@ MAX_ALIGNMENT = 16
 def summarise(
     tokens: list[Tensor], kernels: list[Kernels], key_mask: Tensor | None, options: Options, levels: int
 ) -> list[list[Tensor]]:
-    """Summary tokens of up to three token arrays at the levels 1 to `levels`.
-
-    Args:
-        tokens: one to three arrays `[B, heads, *grid, head_dim]` of one shape, dtype (not float64) and device, one or
-            two grid axes, any strides; those strided alike are read in one launch.
-        kernels: for each array a list over learned levels of lists over axes of `[p, heads | 1, head_dim | 1, b]`; `[]`
-            is the start value.
-        key_mask: bool `[B, *grid]`, True where a token exists; the others are not read.
-
-    Returns:
-        For each array a list over levels of `[B, *lattice, heads, head_dim]`, contiguous, float32.
-    """
-    if not levels:
-        return [[] for _ in tokens]
-    found: list[list[Tensor]] = [[]] * len(tokens)
-    for group in _strided_alike(tokens):
-        made = _Pass([tokens[i] for i in group], [kernels[i] for i in group], key_mask, options, levels)
-        for n, i in enumerate(group):
-            lattices = [level.summaries[n] for level in made.levels]
-            found[i] = [x.squeeze(1) for x in lattices] if made.ndim == 1 else lattices
-    return found
+    """`Summaries(...).lattices`."""
+    return Summaries(tokens, kernels, key_mask, options, levels).lattices
 
 
 def summarise_backward(
@@ -70,23 +51,63 @@ def summarise_backward(
     d_tokens: list[Tensor],
     add: bool = True,
 ) -> list[Kernels]:
-    """The gradients of `summarise`, which is run again for its block sums.
+    """`Summaries(...).backward(...)`, where the summaries were not kept: the way up is done again."""
+    summaries = Summaries(tokens, kernels, key_mask, options, len(d_lattices[0]), learn=True)
+    return summaries.backward(d_lattices, d_tokens, add)
+
+
+class Summaries:
+    """Summary tokens of up to three token arrays at the levels 1 to `levels`, made at once.
 
     Args:
-        d_lattices: gradients of what `summarise` returned, float32, at least one level.
-        d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous: where the gradients of the tokens go.
-        add: add to `d_tokens`; else overwrite them, which saves reading them and filling them first.
+        tokens: one to three arrays `[B, heads, *grid, head_dim]` of one shape, dtype (not float64) and device, one or
+            two grid axes, any strides; those strided alike are read in one launch.
+        kernels: for each array a list over learned levels of lists over axes of `[p, heads | 1, head_dim | 1, b]`; `[]`
+            is the start value.
+        key_mask: bool `[B, *grid]`, True where a token exists; the others are not read.
+        learn: keep what `backward` needs.
 
-    Returns:
-        Gradients of the kernels, in their dtypes; zero for levels that the grid does not use.
+    Attributes:
+        lattices: for each array a list over levels of `[B, *lattice, heads, head_dim]`, contiguous, float32.
     """
-    grads = [[[torch.zeros_like(w, dtype=torch.float32) for w in axes] for axes in learned] for learned in kernels]
-    if d_lattices[0]:
+
+    def __init__(
+        self,
+        tokens: list[Tensor],
+        kernels: list[Kernels],
+        key_mask: Tensor | None,
+        options: Options,
+        levels: int,
+        learn: bool = False,
+    ):
+        self._kernels = kernels
+        self._passes: list[tuple[list[int], _Pass]] = []
+        self.lattices: list[list[Tensor]] = [[] for _ in tokens]
+        if levels == 0:
+            return
         for group in _strided_alike(tokens):
-            own = [[x[i] for i in group] for x in (tokens, kernels, d_lattices, d_tokens, grads)]
-            _Pass(*own[:2], key_mask, options, len(d_lattices[0]), learn=True).backward(*own[2:], add)
-    pairs = (zip(d, learned, strict=True) for d, learned in zip(grads, kernels, strict=True))
-    return [[[d.to(w.dtype) for d, w in zip(*axes, strict=True)] for axes in both] for both in pairs]
+            made = _Pass([tokens[i] for i in group], [kernels[i] for i in group], key_mask, options, levels, learn)
+            self._passes.append((group, made))
+            for n, i in enumerate(group):
+                lattices = [level.summaries[n] for level in made.levels]
+                self.lattices[i] = [x.squeeze(1) for x in lattices] if made.ndim == 1 else lattices
+
+    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], add: bool = True) -> list[Kernels]:
+        """Gradients from those of the lattices, once.
+
+        Args:
+            d_lattices: like `lattices`.
+            d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous: where the gradients of the tokens go.
+            add: add to `d_tokens`; else overwrite them (if there is a level), which saves filling and reading them.
+
+        Returns:
+            Gradients of the kernels, in their dtypes; zero for levels that the grid does not use.
+        """
+        grads = [[[torch.zeros_like(w, dtype=torch.float32) for w in axes] for axes in one] for one in self._kernels]
+        for group, made in self._passes:
+            made.backward(*[[x[i] for i in group] for x in (d_lattices, d_tokens, grads)], add)
+        pairs = (zip(d, learned, strict=True) for d, learned in zip(grads, self._kernels, strict=True))
+        return [[[d.to(w.dtype) for d, w in zip(*axes, strict=True)] for axes in both] for both in pairs]
 
 
 def _strided_alike(tokens: list[Tensor]) -> list[list[int]]:
@@ -150,7 +171,7 @@ class _Pass:
         key_mask: Tensor | None,
         options: Options,
         levels: int,
-        learn: bool = False,
+        learn: bool,
     ):
         like = tokens[0]
         self.ndim, self.device, self.dtype = like.dim() - 3, like.device, like.dtype
