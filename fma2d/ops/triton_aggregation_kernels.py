@@ -119,7 +119,7 @@ def summarise_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     k3, d3 = first + tl.arange(0, BLOCK_P)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
     x = _choose(which, x0, x1, x2)
-    x += (image * stride_b + head * stride_h)[:, None] * VEC + d * stride_d
+    x += (image * stride_b + head * stride_h)[:, None] * VEC + d.to(tl.int64) * stride_d
 
     # Weights are loaded for every row, so that a row's ranks lie in one thread.
     same = tl.zeros([ROWS, 1, 1], tl.int32)
@@ -223,7 +223,7 @@ def source_gradient_kernel(
     if p0 is not None:
         parent = _choose(which, p0, p1, p2)
     x = _choose(which, d0, d1, d2)
-    x += (image * stride_b + head * stride_h)[:, None] * VEC + d * stride_d
+    x += (image * stride_b + head * stride_h)[:, None] * VEC + d.to(tl.int64) * stride_d
 
     image3, cy3, cx3 = image[:, None, None], cy[:, None, None], cx[:, None, None]
     summary_at = _summary_at(image3, cy3, cx3, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
@@ -297,7 +297,7 @@ def weight_gradient_kernel(
     unit = start + tl.arange(0, BLOCK_X)[None, :, None, None]
     k = first + tl.arange(0, BLOCK_P)[None, None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, None, :]
-    x = _choose(which, x0, x1, x2) + head * stride_h * VEC + d * stride_d
+    x = _choose(which, x0, x1, x2) + head * stride_h * VEC + d.to(tl.int64) * stride_d
     g = _choose(which, g0, g1, g2)
 
     total = tl.zeros([CELLS, BLOCK_X, BLOCK_P, BLOCK_D], tl.float32)
