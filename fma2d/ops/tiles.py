@@ -75,7 +75,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     **dict.fromkeys(("merge_levels", "collect"), _LATTICES),
     "summarise_kernel": _AGGREGATION,
     "source_gradient_kernel": _AGGREGATION,
-    "weight_gradient_kernel": (Rule(128, _ALL, Tile(2048, 4, 2)),),
+    "weight_gradient_kernel": (Rule(32, _ALL, Tile(1024, 4, 2)), Rule(128, _ALL, Tile(2048, 4, 2))),
 }
 AGGREGATION = ("summarise_kernel", "source_gradient_kernel", "weight_gradient_kernel")
 # The interpreter runs one program after the other, each step an array operation: few large tiles.
