@@ -1,7 +1,9 @@
 """What FMA2D does, on a photograph: cost against resolution beside Swin-B and ViT-B, what a token sees, attention maps.
 
-Weights are random, as there are no trained ones yet: time and memory do not depend on them, and the pictures show the
-geometry of the attention, not anything learned. The photo is matplotlib's, 512 x 600 px, enlarged for larger sizes.
+Weights are random, as there are no trained ones of ImageNet yet: time and memory do not depend on them, and the
+pictures show the geometry of the attention, not anything learned. The photo is matplotlib's, 512 x 600 px, enlarged for
+larger sizes. At last a small model trained on generated scenes segments one of them, and the photo, which is nothing
+like what it was trained on.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from benchmarks.figures import write_figures
 from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
 from benchmarks.records import ROOT, Results, total_mib
 from fma2d.visualize import draw_attention, draw_cover, model_attention_map
+from tools import make_scenes, predict
 
 MODELS = ("fma2d_base", "swin_base_patch4_window7_224", "vit_base_patch16_224")
 PICTURE = 512  # pixels a side of the photo in the pictures
@@ -60,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"a result is wrong: {error}", file=sys.stderr)
         return 1
     paths += write_figures(rows, args.out)
+    paths += segmentation_pictures(photo, args.out)
     print(f"\nOne image, {rows[0]['dtype']}, {rows[0]['machine']}, threads used: {threads};")
     print("peak memory of the process, with the weights, without Python and torch themselves:\n")
     print(table(rows))
@@ -111,6 +115,15 @@ def attention_picture(photo: str, folder: Path) -> Path:
         axes[i, j].set_title(f"{name}: stage {stage + 1}, block {block + 1}, {grid} tokens", fontsize=10)
     figure.suptitle("Attention, mean of heads, 1 = even over all tokens. UNTRAINED weights: geometry, nothing learned")
     return save(figure, folder / "attention.png")
+
+
+def segmentation_pictures(photo: str, folder: Path) -> list[Path]:
+    """Overlays of the small model's classes on a generated scene it has not seen, and on the photo."""
+    scene = folder / "scene.png"
+    Image.fromarray(make_scenes.scene(0, "validation", 3, make_scenes.load_textures())[0]).save(scene)
+    if predict.main([str(scene), str(photo), "--out", str(folder / "segmentation")]):
+        raise RuntimeError("the segmentation failed; the reason stands above")
+    return sorted((folder / "segmentation").glob("*.png"))
 
 
 def square(photo: str, size: int) -> np.ndarray:

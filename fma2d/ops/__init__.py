@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from inspect import signature
 
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import library, reference, tiles
 from .checks import check_call
 from .options import Options
 
@@ -103,8 +104,19 @@ def _why_not_triton(q: Tensor) -> str | None:
         return "its kernels are for one and two grid axes"
     if q.dtype == torch.float64:
         return "its kernels compute in float32; float64 needs the torch backend"
-    if q.device.type != "cuda" and not _interpreting():
-        return f"q is on {q.device.type!r}: its kernels run on CUDA devices, elsewhere under TRITON_INTERPRET=1 only"
+    if q.shape[-1] > tiles.MOST_HEAD_DIM:
+        return f"its kernels take a head_dim of at most {tiles.MOST_HEAD_DIM}, got {q.shape[-1]}"
+    return _why_no_kernels(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _why_no_kernels(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return tiles.why_not(torch.cuda.get_device_capability(device))
+    if not _interpreting():
+        return f"q is on {device.type!r}: its kernels run on CUDA devices, elsewhere under TRITON_INTERPRET=1 only"
     return None
 
 

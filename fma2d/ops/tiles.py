@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 # Shared memory that a program may have, in bytes. A tier is named after its first architecture.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 LEAST_CAPABILITY = (8, 0)
+MOST_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
