@@ -118,7 +118,7 @@ def build(
         return dict(tokens=batch * height * width, macs=count * batch * heads * head_dim * products)
 
     attend_as = {}
-    tiny = work((4 * cell_size, 4 * cell_size))
+    tiny = work((8 * cell_size, 8 * cell_size))  # loads what libraries load once
     return Work(step=work((height, width)), check=check, warm_up=tiny, facts=facts)
 
 

@@ -72,10 +72,10 @@ class Case:
         kernels = [[[w.detach().to(dtype).requires_grad_() for w in axes] for axes in one] for one in self.kernels]
         lattices = []
         for x, learned in zip(tokens, kernels, strict=True):
-            x, sums = x.movedim(1, -2), None
-            if self.mask is not None:
-                x = torch.where(self.mask[..., None, None], x, 0)
-                sums = BlockSums(self.mask[..., None, None].to(dtype), dtype)
+            x = x.movedim(1, -2)
+            mask = torch.ones(x.shape[:-2], dtype=torch.bool) if self.mask is None else self.mask
+            x = torch.where(mask[..., None, None], x, 0)
+            sums = BlockSums(mask[..., None, None].to(dtype), dtype)
             blocks, grid, options = BlockSums(x, dtype), x.shape[1:-2], self.options
             lattices.append([
                 Aggregation(level_kernels(learned, n, options.cell_size, options.rank, x), grid,
