@@ -219,6 +219,9 @@ def test_demo(tmp_path, capsys):
         "cover.png",
         "demo.csv",
         "model_inference.png",
+        "scene.png",
+        "segmentation",
     }
+    assert (tmp_path / "segmentation" / "scene_overlay.png").is_file()
     printed = capsys.readouterr().out
     assert "64x64" in printed and "random" in printed and "16 at stride 16" in printed
