@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="more options, as cell_size=4"
     )
     parser.add_argument("--formats", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="what to write")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time; fixed, unlike their height and width")
     parser.add_argument("--out", type=Path, default=Path("out/export"), help="folder of the files")
     args = parser.parse_args(argv)
     if args.max_size <= MIN_SIZE:
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.model}_{args.max_size}"
 
-    program = timed("torch.export", export, model, args.max_size)
+    program = timed("torch.export", export, model, args.max_size, args.batch)
     runners = {}
     if "pt2" in args.formats:
         torch.export.save(program, path.with_suffix(".pt2"))
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         runners["onnxruntime"] = onnx_runner(path.with_suffix(".onnx"))
     print("\nlargest difference from the model in PyTorch, over the largest output\n")
     worst = 0.0
-    for name, height, width, levels, difference in compare(eager, runners, check_sizes(args.max_size)):
+    for name, height, width, levels, difference in compare(eager, runners, args.batch, check_sizes(args.max_size)):
         print(f"{name:14}{height:5} x {width:<5}levels {levels}   {difference:.1e}", flush=True)
         worst = max(worst, difference)
     files = ", ".join(str(path.with_suffix(f".{kind}")) for kind in args.formats)
@@ -69,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     return int(worst > TOLERANCE)
 
 
-def export(model: nn.Module, max_size: int, min_size: int = MIN_SIZE) -> ExportedProgram:
-    """Export an exportable model for images `[B, C, H, W]` of `min_size` to `max_size` pixels a side."""
+def export(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_SIZE) -> ExportedProgram:
+    """Export an exportable model for `batch` images `[B, C, H, W]` of `min_size` to `max_size` pixels a side."""
     from torch.fx.experimental import _config
 
-    image = torch.zeros(2, model.in_chans, max_size - 1, max_size)
+    image = torch.zeros(batch, model.in_chans, max_size - 1, max_size)
     height, width = (Dim(name, min=min_size, max=max_size) for name in ("height", "width"))
-    shapes = ({0: Dim("batch", min=1, max=1 << 16), 2: height, 3: width},)
+    shapes = ({2: height, 3: width},)
     # Without this, export takes a coarse grid of more than one cell to be so at every size.
     with torch.no_grad(), _config.patch(backed_size_oblivious=True):
         return torch.export.export(model, (image,), dynamic_shapes=shapes)
@@ -103,10 +104,10 @@ def check_sizes(max_size: int, min_size: int = MIN_SIZE) -> list[tuple[int, int]
     return [(max(min_size, height), max(min_size, width)) for height, width in sizes]
 
 
-def compare(eager: nn.Module, runners: dict, sizes: list[tuple[int, int]]):
+def compare(eager: nn.Module, runners: dict, batch: int, sizes: list[tuple[int, int]]):
     """Yield (runner, height, width, levels of each stage, largest difference over the largest output)."""
     for height, width in sizes:
-        x = torch.randn(1, eager.in_chans, height, width)
+        x = torch.randn(batch, eager.in_chans, height, width)
         grids = [(-(-height // s), -(-width // s)) for s in (info["reduction"] for info in eager.feature_info)]
         cells = [stage.blocks[0].attn.cell_size for stage in eager.stages]
         levels = [fma2d.num_levels(grid, cell) for grid, cell in zip(grids, cells, strict=True)]
