@@ -15,6 +15,7 @@ so each summary is a plain weighted sum, to which a token is added as it comes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from .checks import check_padding
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-class Cache:
+class Cache(ABC):
     """Keys and values of one layer's tokens in some form; rows may be of different length.
 
     Attributes:
@@ -80,20 +81,17 @@ class Cache:
             self.longest = self.longest + 1 if key_mask is None else int(self.lengths.max())
         return torch.cat(outs, 2)
 
-    def share(self, other: Cache) -> None:
-        """Share what does not depend on keys and values with the cache of another layer of the model."""
-
+    @abstractmethod
     def entries(self) -> int:
         """Keys that are kept for the longest row; there are as many values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fill(self, k: Tensor, v: Tensor) -> None:
         """Take the first tokens, of which `lengths` exist in each row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Take one token a row, and attend; an absent token (zeros) may be kept where the next one will be."""
-        raise NotImplementedError
 
 
 class KeyValueCache(Cache):
@@ -149,8 +147,9 @@ class MultipoleCache(Cache):
             kernels = axes[0].mul(module.cell_size).expand(1, 2, 1, -1, -1, -1, -1)
         return cls(module.cell_size, module.rank, kernels)
 
-    def share(self, other: Cache) -> None:
-        if isinstance(other, MultipoleCache) and self.planner == other.planner:
+    def share_plan(self, other: MultipoleCache) -> None:
+        """Plan each step once for both: for the cache of another layer that is given the same tokens."""
+        if self.planner == other.planner:
             self.planner = other.planner
 
     def entries(self) -> int:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..geometry import check_positive
 from .attention import make_attention
-from .cache import Cache
+from .cache import Cache, MultipoleCache
 from .checks import check_ids, check_prompt
 from .generation import check_sampling, decode, sample
 from .positions import sinusoids
@@ -167,8 +167,9 @@ class CausalLM(TextModel):
     def new_cache(self) -> list[Cache]:
         """An empty cache for each layer: to be filled by `forward`, for any number of rows, with the weights as now."""
         caches = [block.attention.new_cache() for block in self.blocks]
-        for cache in caches[1:]:
-            cache.share(caches[0])
+        multipole = [cache for cache in caches if isinstance(cache, MultipoleCache)]
+        for cache in multipole[1:]:
+            cache.share_plan(multipole[0])
         return caches
 
     def stream(
