@@ -119,6 +119,8 @@ def _create(
     defaults = dict(packaged.settings if packaged else {}, img_size=tuple(cfg.input_size[-2:]))
     kwargs = defaults | kwargs
     features_only = kwargs.get("features_only", False)
+    if features_only:
+        kwargs["num_classes"] = 0  # timm takes the classifier out in the end: so it is not missed in a file
     model = build_model_with_cfg(
         partial(FMA2DBackbone, **({} if variant is None else {"variant": variant})),
         name,
