@@ -9,7 +9,8 @@ import griffe
 import yaml
 from markdown.extensions.toc import slugify
 
-from benchmarks.records import latest, read_rows
+from benchmarks.model_benchmark import DEFAULT, MODES
+from benchmarks.records import latest, read_rows, total_mib
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -141,6 +142,27 @@ def readme_row(side, mode, fma, dense):
         )
         cells[7] = each(dense)
     return " ".join(f"| {cell}" if cell else "|" for cell in cells) + " |"
+
+
+def test_the_page_on_resolution_shows_the_model_benchmark_as_it_was_recorded():
+    """Rows as in the test above; a failure shows the rows to paste."""
+    rows = {(r["mode"], r["height"], r["name"]): r for r in latest(read_rows(RESULTS / "model.csv"))}
+    text = (DOCS / "resolution.md").read_text().splitlines()
+    expected = [resolution_row(size, mode, rows) for mode in MODES for size in ("224", "512", "1024", "2048", "4096")]
+    assert [line for line in expected if line not in text] == []
+
+
+def resolution_row(size, mode, rows):
+    """A row of that page: for each model seconds and GiB of a call, weights included, or why not."""
+
+    def cell(row):
+        if row is None:
+            return "not run"
+        if row["status"] != "ok":
+            return row["status"].split(":")[0]
+        return f"{float(row['median_ms']) / 1000:.3g} s, {total_mib(row) / 1024:.2g} GiB"
+
+    return f"| {size} | {' | '.join(cell(rows.get((mode, size, name))) for name in DEFAULT)} |"
 
 
 def test_every_page_is_in_the_navigation():
