@@ -117,7 +117,7 @@ def test_onnx_with_open_sizes(standard, tmp_path):
 @pytest.mark.slow
 def test_the_tool_exports_and_checks_a_model(tmp_path, capsys):
     arguments = ["fma2d_nano", "--max-size", "192", "--num-classes", "5", "--out", str(tmp_path)]
-    assert tool().main([*arguments, "--model-kwargs", "cell_size=4"]) == 0
+    assert tool().main([*arguments, "--model-kwargs", "cell_size=4", "depths=(1,1,1,1)"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "levels" in line]
     assert len(lines) == 6 and "[3, 2, 1, 0]" in lines[0] and "95 x 64" in lines[2] and "[1, 0, 0, 0]" in lines[4]
     assert {path.name for path in tmp_path.iterdir()} >= {"fma2d_nano_192.pt2", "fma2d_nano_192.onnx"}
