@@ -7,6 +7,7 @@ to. Every rearrangement is one gather along one axis, so that no operation asks 
 Layout: `[G, N, entries, channels]`, with `G = batch * heads`, `N` cells row by row, and what a cell holds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +53,9 @@ def attention(
         )
     dtype = torch.promote_types(q.dtype, torch.float32)
     tokens = [
-        _Lattice(x.to(dtype).contiguous().view(batch * heads, height * width, channels), height, width)
-        for x in (q * channels**-0.5, k, v)
+        x.to(dtype).contiguous().view(batch * heads, height * width, channels) for x in (q * channels**-0.5, k, v)
     ]
-    call = _Call(*tokens, heads, cell_size, rank)
+    call = _Call(*tokens, _Lattice(height, width), heads, cell_size, rank)
     if query_kernels is None:
         out = call.loglinear(levels, key_kernels, value_kernels)
     else:
@@ -65,34 +65,45 @@ def attention(
 
 @dataclass
 class _Lattice:
-    """Values `x`, `[G, height * width, channels]`, of a lattice, stored row by row in cells of `sides`."""
+    """A lattice of `height * width` places, stored row by row in cells of `sides`."""
 
-    x: Tensor
     height: int
     width: int
     sides: tuple[int, int] = (1, 1)
 
-    def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Windows of places `rows` `[C1, a]` and `columns` `[C2, b]`, zero outside: `[G, C1 * C2, a * b, channels]`."""
+    def window(self, rows: Tensor, columns: Tensor) -> "_Window":
+        """For each cell the places at `rows` `[C1, a]` and `columns` `[C2, b]`."""
         inside = ((rows >= 0) & (rows < self.height))[:, None, :, None]
         inside = inside & ((columns >= 0) & (columns < self.width))[:, None]
         rows, columns = rows.clamp(0, self.height - 1), columns.clamp(0, self.width - 1)
         a, b = self.sides
-        cell = (rows // a)[:, None, :, None] * (self.width // b) + (columns // b)[:, None]
-        index = cell * (a * b) + (rows % a)[:, None, :, None] * b + (columns % b)[:, None]
+        rows = rows // a * (self.width // b * a * b) + rows % a * b
+        columns = columns // b * (a * b) + columns % b
+        index = rows[:, None, :, None] + columns[:, None]
         cells, entries = rows.shape[0] * columns.shape[0], rows.shape[1] * columns.shape[1]
-        x = self.x.index_select(1, index.reshape(cells * entries))
-        x = torch.where(inside.reshape(cells * entries, 1), x, 0)
-        return x.view(x.shape[0], cells, entries, x.shape[-1])
+        return _Window(index.reshape(cells * entries), inside.reshape(cells, entries))
+
+
+@dataclass
+class _Window:
+    """Where what a cell sees is stored, `[N * entries]`, and whether it exists, `[N, entries]`."""
+
+    index: Tensor
+    inside: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of values `[G, places, channels]` those in the window, zero outside: `[G, N, entries, channels]`."""
+        x = x.index_select(1, self.index).unflatten(1, self.inside.shape)
+        return torch.where(self.inside[..., None], x, 0)
 
 
 class _Call:
-    """The tokens of one call (queries scaled), and what is computed from them."""
+    """The tokens of one call (queries scaled), `[G, height * width, channels]`, and what is computed from them."""
 
-    def __init__(self, q: _Lattice, k: _Lattice, v: _Lattice, heads: int, cell_size: int, rank: int):
-        self.q, self.k, self.v = q, k, v
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, grid: _Lattice, heads: int, cell_size: int, rank: int):
+        self.q, self.k, self.v, self.grid = q, k, v, grid
         self.heads, self.cell_size, self.rank, self.parts = heads, cell_size, rank, tiling(rank, 2)
-        self.device = q.x.device
+        self.device = q.device
         self.base = self._cells(1)
         self.offset = arange(cell_size, device=self.device)
 
@@ -102,7 +113,8 @@ class _Call:
         scores, values = [scores], [values]
         for level in range(1, levels + 1):
             cells = [c // 2 ** (level - 1) for c in self.base]
-            keys, far_values, bias = self._far(level, cells, key_kernels, value_kernels)
+            summaries = self._summaries(level, (self.k, self.v), (key_kernels, value_kernels))
+            keys, far_values, bias = self._far(level, cells, *summaries)
             scores.append(_scores(queries, keys, bias))
             values.append(far_values)
         _, out = _attend(torch.cat(scores, -1), torch.cat(values, 2))
@@ -110,89 +122,111 @@ class _Call:
 
     def linear(self, levels: int, key_kernels: Kernels, value_kernels: Kernels, query_kernels: Kernels) -> Tensor:
         """`[G, H * W, 1, channels]`: the far field of summary queries, from the coarsest down, then of their tokens."""
-        far = None
+        far = coarser = None
         for level in range(levels, 0, -1):
             cells = self._cells(level)
-            keys, values, bias = self._far(level, cells, key_kernels, value_kernels)
+            kernels = query_kernels, key_kernels, value_kernels
+            queries, *summaries = self._summaries(level, (self.q, self.k, self.v), kernels)
+            keys, values, bias = self._far(level, cells, *summaries)
             if far is not None:
                 # Sub-cell i lies in sub-cell i // 2 of the next level.
                 axes = zip(cells, self.parts, strict=True)
-                own = [(c[:, None] * p + arange(p, device=self.device)) // 2 for c, p in axes]
-                far = [lattice.gather(*own) for lattice in far]
-            queries = self._summaries(self.q, query_kernels, level)
-            far = _attend(_scores(queries, keys, bias), values, far)
-            far = [self._lattice(x, cells, self.parts) for x in far]
+                own = coarser.window(*[(c[:, None] * p + arange(p, device=self.device)) // 2 for c, p in axes])
+                far = [own.take(x) for x in far]
+            far = [x.flatten(1, 2) for x in _attend(_scores(queries, keys, bias), values, far)]
+            coarser = _stored(cells, self.parts)
         _, scores, values = self._near()
         if far is not None:
             axes, r = zip(self.base, self.parts, strict=True), self.cell_size
-            own = [c[:, None] * p + (2 * self.offset + 1) * p // (2 * r) for c, p in axes]
-            far = [lattice.gather(*own) for lattice in far]
+            own = coarser.window(*[c[:, None] * p + (2 * self.offset + 1) * p // (2 * r) for c, p in axes])
+            far = [own.take(x) for x in far]
         _, out = _attend(scores, values, far)
         return self._by_token(out)
 
     def _near(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, scores and values of the base cells and their neighbours."""
-        around = [(c[:, None] - 1) * self.cell_size + arange(3 * self.cell_size, device=self.device) for c in self.base]
-        queries = self.q.gather(*[c[:, None] * self.cell_size + self.offset for c in self.base])
-        exist = _Lattice(torch.ones_like(self.k.x[:1, :, :1]), self.k.height, self.k.width).gather(*around)
-        return queries, _scores(queries, self.k.gather(*around), _log_count(exist[0, ..., 0])), self.v.gather(*around)
+        reach = arange(3 * self.cell_size, device=self.device) - self.cell_size
+        own, around = (
+            self.grid.window(*[c[:, None] * self.cell_size + offset for c in self.base])
+            for offset in (self.offset, reach)
+        )
+        queries, bias = own.take(self.q), _log_count(around.inside.to(self.k.dtype))
+        return queries, _scores(queries, around.take(self.k), bias), around.take(self.v)
 
-    def _far(self, level: int, cells: list[Tensor], key_kernels: Kernels, value_kernels: Kernels):
-        """Keys and values `[G, N, entries, channels]` and bias `[N, entries]` of these cells' windows at a level."""
+    def _far(self, level: int, cells: list[Tensor], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a level's summary keys and values those in these cells' windows, `[G, N, entries, channels]`, and bias."""
         place = arange(WINDOW, device=self.device)
-        windows = [c[:, None] // 2 * 2 - 2 + place for c in cells]
-        extents = [c.shape[0] for c in self._cells(level)]
-        keys, values = (self._summaries(x, w, level) for x, w in ((self.k, key_kernels), (self.v, value_kernels)))
+        lattice = _Lattice(*[c.shape[0] for c in self._cells(level)])
+        window = lattice.window(*[c[:, None] // 2 * 2 - 2 + place for c in cells])
         keys, values, counts = (
-            _Lattice(x.flatten(2), *extents).gather(*windows).unflatten(-1, (self.rank, -1)).flatten(2, 3)
+            window.take(x.flatten(2)).unflatten(-1, (self.rank, -1)).flatten(2, 3)
             for x in (keys, values, self._counts(level))
         )
         rows, columns = ((place - 2 - c[:, None] % 2).abs() <= 1 for c in cells)
         neighbours = (rows[:, None, :, None] & columns[:, None]).reshape(-1, WINDOW**2, 1).expand(-1, -1, self.rank)
         return keys, values, _log_count(torch.where(neighbours.flatten(1), 0, counts[0, ..., 0]))
 
-    def _summaries(self, tokens: _Lattice, kernels: Kernels, level: int) -> Tensor:
-        """Summary tokens of a level: `[G, N, rank, channels]`."""
-        side, cells = cell_side(level, self.cell_size), self._cells(level)
-        places = [c[:, None] * side + arange(side, device=self.device) for c in cells]
-        axes = level_kernels(kernels, level, self.cell_size, self.rank, tokens.x[:, None, None])
-        rows, columns = (w.shape[-1] for w in axes)
-        x = tokens.gather(*places).unflatten(2, (rows, side // rows, columns, side // columns))
-        x = x.sum((3, 5)).flatten(2, 3).unflatten(0, (-1, self.heads))  # [B, heads, N, bins, channels]
-        weights = axes[0][..., :, None] * axes[1][..., None, :] * (rows * columns / side**2)
-        weights = weights.flatten(-2).mT[:, :, None]  # [rank, heads | 1, 1, bins, channels | 1]
-        scale = None
-        for axis, (w, place, extent) in enumerate(zip(axes, places, (tokens.height, tokens.width), strict=True)):
-            # What a cut cell is scaled by: the weight of all its places over that of those with a token.
-            size, bins = w.abs(), w.shape[-1]
-            exist = (place < extent).to(w.dtype).unflatten(1, (bins, side // bins)).sum(-1)
-            whole, left = size.sum(-1) * (side // bins), (size * exist[:, None, None, None]).sum(-1)
-            # [C, rank, heads | 1, channels | 1]
-            ratio = torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
-            scale = ratio if axis == 0 else scale[:, None] * ratio
-        x = torch.stack([(x * w).sum(3) for w in weights], 3) * scale.flatten(0, 1).permute(2, 0, 1, 3)
-        return x.flatten(0, 1)
+    def _summaries(self, level: int, tokens: Sequence[Tensor], kernels: Sequence[Kernels]) -> list[Tensor]:
+        """Summary tokens of a level: `[G, N, rank, channels]` of each."""
+        side, places = cell_side(level, self.cell_size), self._places(level)
+        window, exist = self.grid.window(*places), self._exist(places)
+        found = []
+        for x, own in zip(tokens, kernels, strict=True):
+            axes = level_kernels(own, level, self.cell_size, self.rank, x[:, None, None])
+            rows, columns = (w.shape[-1] for w in axes)
+            x = window.take(x).unflatten(2, (rows, side // rows, columns, side // columns))
+            x = x.sum((3, 5)).flatten(2, 3).unflatten(0, (-1, self.heads))  # [B, heads, N, bins, channels]
+            weights = axes[0][..., :, None] * axes[1][..., None, :] * (rows * columns / side**2)
+            weights = weights.flatten(-2).mT[:, :, None]  # [rank, heads | 1, 1, bins, channels | 1]
+            # [C, rank, heads | 1, channels | 1] of each axis
+            rows, columns = (_cut_scale(w, e) for w, e in zip(axes, exist, strict=True))
+            scale = (rows[:, None] * columns).flatten(0, 1).permute(2, 0, 1, 3)
+            found.append((torch.stack([(x * w).sum(3) for w in weights], 3) * scale).flatten(0, 1))
+        return found
 
     def _counts(self, level: int) -> Tensor:
         """How many tokens each summary token of a level speaks for: `[1, N, rank, 1]`."""
-        side, counts = cell_side(level, self.cell_size), []
-        for cells, extent, p in zip(self._cells(level), (self.k.height, self.k.width), self.parts, strict=True):
-            exist = (cells[:, None] * side + arange(side, device=self.device) < extent).to(self.k.x.dtype)
-            counts.append(exist @ exist.new_tensor(subcell_overlaps(side, p)).T)
-        count = counts[0][:, None, :, None] * counts[1][:, None] / self.rank
-        return count.reshape(1, -1, self.rank, 1)
+        rows, columns = (
+            exist @ exist.new_tensor(subcell_overlaps(cell_side(level, self.cell_size), p)).T
+            for exist, p in zip(self._exist(self._places(level)), self.parts, strict=True)
+        )
+        return (rows[:, None, :, None] * columns[:, None] / self.rank).reshape(1, -1, self.rank, 1)
 
     def _cells(self, level: int) -> list[Tensor]:
         """For each axis the indices of a level's cells."""
         side = cell_side(level, self.cell_size)
-        return [arange((n + side - 1) // side, device=self.device) for n in (self.k.height, self.k.width)]
+        return [arange((n + side - 1) // side, device=self.device) for n in (self.grid.height, self.grid.width)]
 
-    def _lattice(self, x: Tensor, cells: list[Tensor], sides: tuple[int, int]) -> _Lattice:
-        return _Lattice(x.flatten(1, 2), *[c.shape[0] * side for c, side in zip(cells, sides, strict=True)], sides)
+    def _places(self, level: int) -> list[Tensor]:
+        """For each axis the tokens of a level's cells, `[C, side]`; the last ones may not exist."""
+        side = cell_side(level, self.cell_size)
+        return [c[:, None] * side + arange(side, device=self.device) for c in self._cells(level)]
+
+    def _exist(self, places: list[Tensor]) -> list[Tensor]:
+        """For each axis 1 where there is a token, else 0."""
+        extents = (self.grid.height, self.grid.width)
+        return [(place < n).to(self.k.dtype) for place, n in zip(places, extents, strict=True)]
 
     def _by_token(self, x: Tensor) -> Tensor:
-        rows, columns = (arange(n, device=self.device)[:, None] for n in (self.q.height, self.q.width))
-        return self._lattice(x, self.base, (self.cell_size, self.cell_size)).gather(rows, columns)
+        rows, columns = (arange(n, device=self.device)[:, None] for n in (self.grid.height, self.grid.width))
+        return _stored(self.base, (self.cell_size, self.cell_size)).window(rows, columns).take(x.flatten(1, 2))
+
+
+def _stored(cells: list[Tensor], sides: tuple[int, int]) -> _Lattice:
+    """The lattice of what these cells hold, `sides` entries each."""
+    return _Lattice(*[c.shape[0] * side for c, side in zip(cells, sides, strict=True)], sides)
+
+
+def _cut_scale(weights: Tensor, exist: Tensor) -> Tensor:
+    """What cut cells are scaled by along an axis, `[C, rank, heads | 1, channels | 1]`.
+
+    The weight of all of a cell's places over that of those with a token, where `exist`, `[C, side]`, is 1.
+    """
+    size, bins = weights.abs(), weights.shape[-1]
+    width = exist.shape[1] // bins
+    exist = exist.unflatten(1, (bins, width)).sum(-1)[:, None, None, None]
+    whole, left = size.sum(-1) * width, (size * exist).sum(-1)
+    return torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
 
 
 def _scores(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
