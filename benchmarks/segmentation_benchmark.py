@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fma2d.tiled import segment
-
 from .harness import GateError, Task, Work, text_table
 from .records import ROOT, total_mib
 
@@ -44,6 +42,7 @@ def build(*, benchmark, name, mode, height, width, batch, device, dtype) -> Work
     from mmseg.utils import register_all_modules
 
     import fma2d.mmseg  # noqa: F401  (registers the backbone, finds mmseg's configs)
+    from fma2d.tiled import segment
 
     torch.manual_seed(0)
     register_all_modules(init_default_scope=False)
