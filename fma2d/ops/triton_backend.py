@@ -175,8 +175,9 @@ class _Call:
                 count = count.sum(-1).movedim(-1, axis)
             counts.append(count)
         count = torch.cat([x.flatten(1) for x in counts], 1)
-        log_n = (count / self.options.rank).log2() if self.options.count_bias else torch.zeros_like(count)
-        return torch.where(count > 0, log_n, -torch.inf)
+        if self.options.count_bias:
+            return (count / self.options.rank).log2()
+        return torch.zeros_like(count).masked_fill(count == 0, -torch.inf)
 
     def _launch(self, kernel, count: int, cell: tuple[int, int], split: bool = True, **arguments) -> None:
         """Run a kernel over `count` cells of these sides for every head; its arguments are found by name.
