@@ -290,7 +290,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 from fma2d.ops import triton_backend, triton_aggregation
-from fma2d.ops.options import Options
+from fma2d.ops.options import Call, Options
 
 backend, found = make_backend(GPUTarget("cuda", 90, 32)), {}
 
@@ -304,10 +304,10 @@ with patch.object(jit.JITFunction, "run", record):
         for _ in range(25):
             batch, height, width = random.randint(1, 5), random.randint(17, 90), random.randint(17, 90)
             tokens = torch.zeros(batch, height, width, 3, 2, 32, dtype=torch.bfloat16)
-            call = (*(x.movedim(-2, 1) for x in tokens.unbind(-3)), [], [], [] if linear else None, None)
-            call = (*call, Options(8, 4, False, True, 0.2))
-            out, lse = triton_backend.forward(*call)
-            triton_backend.backward(*call, out, lse, out, lse)
+            tokens, options = (x.movedim(-2, 1) for x in tokens.unbind(-3)), Options(8, 4, False, True, 0.2)
+            call = Call(*tokens, [], [], [] if linear else None, None, options)
+            out, lse = triton_backend.forward(call)
+            triton_backend.backward(call, out, lse, out, lse)
 for name, keys in sorted(found.items()):
     print(name, len(keys))
 """

@@ -33,7 +33,7 @@ from triton.runtime import jit
 from benchmarks.harness import text_table
 from fma2d import num_levels, start_kernels
 from fma2d.ops import tiles, triton_backend
-from fma2d.ops.options import Options
+from fma2d.ops.options import Call, Options
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -156,8 +156,9 @@ def _call(config: Config) -> None:
     groups = [kernels, kernels, kernels if config.variant == "linear" else None]
     mask = torch.ones(batch, *config.grid, dtype=torch.bool) if config.masked else None
     options = Options(config.cell_size, config.rank, config.causal, True, config.head_dim**-0.5)
-    out, lse = triton_backend.forward(*tokens, *groups, mask, options)
-    triton_backend.backward(*tokens, *groups, mask, options, out, lse, torch.zeros_like(out), torch.zeros_like(lse))
+    call = Call(*tokens, *groups, mask, options)
+    out, lse = triton_backend.forward(call)
+    triton_backend.backward(call, out, lse, torch.zeros_like(out), torch.zeros_like(lse))
 
 
 def measure(launch: Launch, arch: int) -> tuple[int, int, int]:

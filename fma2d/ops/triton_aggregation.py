@@ -21,10 +21,8 @@ from torch.nn import functional as F
 from ..aggregation import start_kernels
 from ..geometry import cell_side, tiling
 from . import tiles
-from .options import Options
+from .options import Kernels, Options
 from .triton_aggregation_kernels import source_gradient_kernel, summarise_kernel, weight_gradient_kernel
-
-Kernels = list[list[Tensor]]
 
 # What a program takes of a cell at once: columns, and summary tokens; more of them come in turns.
 MAX_COLUMNS = 16
