@@ -1,4 +1,4 @@
-"""The Triton aggregation, in Triton's interpreter, against `Aggregation` of the torch backend in float64."""
+"""The Triton aggregation, where `triton_cases.py` says, against `Aggregation` of the torch backend in float64."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ class Case:
         lattices = []
         for x, learned in zip(tokens, kernels, strict=True):
             x = x.movedim(1, -2)
-            mask = torch.ones(x.shape[:-2], dtype=torch.bool) if self.mask is None else self.mask
+            mask = torch.ones(x.shape[:-2], dtype=torch.bool, device=DEVICE) if self.mask is None else self.mask
             x = torch.where(mask[..., None, None], x, 0)
             sums = BlockSums(mask[..., None, None].to(dtype), dtype)
             blocks, grid, options = BlockSums(x, dtype), x.shape[1:-2], self.options
