@@ -126,13 +126,13 @@ class Programme:
             tasks = operator_benchmark.tasks(grids, **options, **shape, **self._setting(dtype))
             return self._rows("operator.csv", tasks, operator_benchmark.table)
 
-        return [
-            Piece(
-                f"operator: {', '.join(s[0])}, {s[1]}, {s[2]}, {' '.join(f'{h}x{w}' for h, w in s[3])}",
-                lambda s=s: work(*s),
-            )
-            for s in subjects
-        ]
+        found = []
+        for subject in subjects:
+            modes, dtype, variant, grids = subject
+            sides = " to ".join(dict.fromkeys(str(height) for height, _ in (grids[0], grids[-1])))
+            name = f"operator: {', '.join(modes)}, {dtype}, {variant}, {sides} tokens a side"
+            found.append(Piece(name, lambda subject=subject: work(*subject)))
+        return found
 
     def _kernels(self) -> bool:
         if self.smoke:
