@@ -1,9 +1,10 @@
 """Everything that a GPU is needed for, in one command; see --help.
 
-In order: correctness on the device, what the card can do at most, the operator against its peers, which kernel takes
-how long, the models. Each piece takes at most eight minutes and is recorded when it is done: the same command started
-again goes on with the next, and within a piece with the next row. A piece that shows a wrong result ends the programme.
-Results are CSV files in one folder; tools/plot.py draws them.
+In order: correctness on the device, what the card can do at most; at the main shape alone, the operator against its
+peers, which kernel takes how long, and the models; then the longer tests; then all sizes of the operator and of the
+models. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
+with the next, and within a piece with the next row. A piece that shows a wrong result ends the programme. Results are
+CSV files in one folder; tools/plot.py draws them.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -30,6 +33,7 @@ from benchmarks.records import ROOT, Results, commit
 PIECE_SECONDS = 480
 MARGIN = 40  # of a piece's time, for what comes before and after its rows
 BACKEND = "fma2d-triton"
+MAIN_GRID = (256, 256)
 
 
 @dataclass(frozen=True)
@@ -49,26 +53,31 @@ class Programme:
         self.state = folder / "done.json"
 
     def pieces(self) -> list[Piece]:
-        return [*self._gates(), Piece("card", self._card), *self._operator(), Piece("kernels", self._kernels),
-                *self._models()]  # fmt: skip
+        operator, models = self._operator(), self._models()
+        first = [operator.pop(0), Piece("kernels", self._kernels), models.pop(0)]
+        tests = [] if self.smoke else [Piece("gate: slow tests", lambda: self._pytest("slow"))]
+        return [*self._gates(), Piece("card", self._card), *first, *tests, *operator, *models]
 
     # Correctness.
 
     def _gates(self) -> list[Piece]:
-        files = sorted((ROOT / "tests").glob("test_triton_*.py"))
-        found = [Piece(f"gate: {path.stem}", lambda path=path: self._pytest(path)) for path in files]
-        for dtype in ("float32",) if self.smoke else ("float32", "bfloat16", "float16"):
+        found = []
+        for dtype in ("float32",) if self.smoke else ("bfloat16", "float32", "float16"):
             found.append(Piece(f"gate: operator in {dtype}", lambda dtype=dtype: self._gate(dtype)))
         for name in [] if self.smoke else device_checks.CHECKS:
             found.append(Piece(f"gate: {name}", lambda name=name: self._check(name)))
-        return found
+        return [*found, Piece("gate: tests", lambda: self._pytest("not slow"))]
 
-    def _pytest(self, path: Path) -> bool:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", str(path)]
-        command += ["-k", "row or limits"] if self.smoke else []
-        done = subprocess.run(command, cwd=ROOT, timeout=PIECE_SECONDS)
-        if done.returncode not in (0, 5):  # 5: no test was selected
-            raise GateError(f"{path.name} failed")
+    def _pytest(self, marked: str) -> bool:
+        """The kernels' tests: on a GPU in several processes, as compiling takes most of their time."""
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked]
+        command += map(str, sorted((ROOT / "tests").glob("test_triton_*.py")))
+        if self.smoke:
+            command += ["-k", "row or limits"]
+        elif find_spec("xdist"):
+            command += ["-n", str(min(16, os.cpu_count() or 1))]
+        if subprocess.run(command, cwd=ROOT, timeout=PIECE_SECONDS).returncode:
+            raise GateError(f"of the kernels' tests marked {marked!r} some failed")
         return True
 
     def _gate(self, dtype: str) -> bool:
@@ -101,38 +110,45 @@ class Programme:
 
     def _operator(self) -> list[Piece]:
         if self.smoke:
-            subjects = [("forward+backward", "float32", "linear", [(12, 12)])]
+            subjects = [(["forward+backward"], "float32", "linear", [(12, 12)])]
             shape = dict(batch=1, heads=1, head_dim=8, cell_size=4)
         else:
             grids = [(n, n) for n in (32, 64, 128, 256, 512, 1024)]
-            modes, variants = ("forward", "backward", "forward+backward"), operator_benchmark.VARIANTS
-            subjects = [(m, d, v, grids) for d in ("bfloat16", "float16") for m in modes for v in variants]
+            modes, variants = ("forward", "forward+backward", "backward"), operator_benchmark.VARIANTS
+            subjects = [(modes[:2], "bfloat16", "linear", [MAIN_GRID])]
+            subjects += [([m], d, v, grids) for d in ("bfloat16", "float16") for v in variants for m in modes]
             shape = dict(batch=8, heads=2, head_dim=64)
 
-        def work(mode, dtype, variant, grids):
+        def work(modes, dtype, variant, grids):
             # Peers have no variant: they are measured once, beside the linear one.
             names = peers.PEERS if variant == "linear" else ()
-            options = dict(modes=[mode], variants=[variant], backend="triton", peers=names)
+            options = dict(modes=modes, variants=[variant], backend="triton", peers=names)
             tasks = operator_benchmark.tasks(grids, **options, **shape, **self._setting(dtype))
             return self._rows("operator.csv", tasks, operator_benchmark.table)
 
-        return [
-            Piece(f"operator: {mode}, {dtype}, {variant}", lambda s=(mode, dtype, variant, grids): work(*s))
-            for mode, dtype, variant, grids in subjects
-        ]
+        found = []
+        for subject in subjects:
+            modes, dtype, variant, grids = subject
+            sides = " to ".join(dict.fromkeys(str(height) for height, _ in (grids[0], grids[-1])))
+            name = f"operator: {', '.join(modes)}, {dtype}, {variant}, {sides} tokens a side"
+            found.append(Piece(name, lambda subject=subject: work(*subject)))
+        return found
 
     def _kernels(self) -> bool:
         if self.smoke:
             print("skipped: the profiler sees no kernels in the interpreter")
             return True
-        side, repeats = 256, 20
-        for variant in operator_benchmark.VARIANTS:
-            subject = dict(benchmark="operator", name=BACKEND, mode="forward+backward", variant=variant)
-            shape = dict(height=side, width=side, batch=8, heads=2, head_dim=64)
+        (height, width), repeats = MAIN_GRID, 20
+        for variant, mode in product(operator_benchmark.VARIANTS, ("forward", "forward+backward")):
+            subject = dict(benchmark="operator", name=BACKEND, mode=mode, variant=variant)
+            shape = dict(height=height, width=width, batch=8, heads=2, head_dim=64)
             step = operator_benchmark.build(**subject, **shape, device=self.device, dtype="bfloat16").step
             rows = card.kernel_times(step, repeats)
-            print(f"\n{variant}, {side} x {side} tokens, batch 8, 2 heads of 64, bfloat16")
+            total = sum(float(us) for _, _, us, _ in rows)
+            called, replayed = _call_times(step, repeats)
+            print(f"\n{mode}, {variant}, {height} x {width} tokens, batch 8, 2 heads of 64, bfloat16")
             print(text_table(["kernel", "calls", "us", "share"], rows))
+            print(f"all kernels {total:.0f} us; a call {called:.0f} us, replayed from a CUDA graph {replayed:.0f} us")
             card.write_kernel_times(self.folder / "kernels.csv", subject | shape, rows)
         return True
 
@@ -140,9 +156,9 @@ class Programme:
         if self.smoke:
             subjects = [(("fma2d_nano", "mit_b0"), "inference", 64, 1)]
         else:
-            groups = [(*group, "vit_base_patch16_224") if "fma2d_base" in group and len(group) < 3 else group
-                      for group in model_benchmark.CLASSES_OF_SIZE if "fma2d_small" not in group]  # fmt: skip
-            batches = {224: 64, 512: 16, 1024: 4, 2048: 1, 4096: 1}
+            groups = [group for group in model_benchmark.CLASSES_OF_SIZE if "fma2d_small" not in group]
+            groups.sort(key=lambda group: "fma2d_base" not in group)
+            batches = {1024: 4, 2048: 1, 512: 16, 224: 64, 4096: 1}
             subjects = [(g, m, n, b) for n, b in batches.items() for m in model_benchmark.MODES for g in groups]
 
         def work(models, mode, size, batch):
@@ -173,6 +189,24 @@ class Programme:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.state.write_text(json.dumps(self.done() | {piece.name: commit()}, indent=1) + "\n")
         return finished
+
+
+def _call_times(step: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Microseconds of a call, launched from Python and replayed from a CUDA graph: what launching costs shows."""
+    stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(captured, stream=stream):
+        step()
+    times = []
+    for call in (step, captured.replay):
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start) / repeats)
+    return times[0], times[1]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 import fma2d
 from fma2d import multipole_attention, num_levels, start_kernels
 from fma2d.ops import blocked, library, reference
+from fma2d.ops.options import Call as OpCall
 from fma2d.ops.options import Options
 from fma2d.ops.sources import sources
 
@@ -368,8 +369,9 @@ def test_torch_backend_holds_nothing_quadratic(grid, linear, way):
     options = Options(4, 2, False, True, 1.0)
     tokens = [call[name].detach() for name in "qkv"]
     with forced(way), torch.no_grad(), Largest() as largest:
-        out, lse = blocked.forward(*tokens, *kernels, None, options)
-        blocked.backward(*tokens, *kernels, None, options, out, lse, out, lse)
+        inputs = OpCall(*tokens, *kernels, None, options)
+        out, lse = blocked.forward(inputs)
+        blocked.backward(inputs, out, lse, out, lse)
     assert largest.elements < 2**20
 
 

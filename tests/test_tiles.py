@@ -1,6 +1,8 @@
 """The table of tiles, what happens where a tile does not fit, and what was tuned."""
 
+from dataclasses import astuple
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +45,11 @@ def test_old_devices_are_refused_with_a_reason():
     assert "8.0" in reason and "7.5" in reason
     with pytest.raises(ValueError, match=r"7\.5"):
         tiles.choose("near_forward", (7, 5), 64, torch.float16)
+
+
+def test_other_makes_are_refused_with_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA" in tiles.why_not((9, 4))
 
 
 def run_with(limit, tried):
@@ -96,3 +103,23 @@ def test_tuned_tiles_go_before_the_table():
     tiles._tuned.cache_clear()
     with pytest.warns(UserWarning, match="delete it"):
         assert tiles.choose(*KEY) != tiles.Tile(32, 2, 1)
+
+
+def test_the_tuner_finds_the_tile_that_is_faster(monkeypatch):
+    """Blocks, steps, warps and stages: each of them is varied, where a kernel has it, of the kernels launched alone."""
+    tune_tiles = pytest.importorskip("tools.tune_tiles")
+    best = {"near_dq": tiles.Tile(32, 8, 2, step=32), "coarse_dq": tiles.Tile(16, 4, 1)}
+    tried = set()
+
+    def seconds(step):
+        found = {kernel: tiles.choose(kernel, *KEY[1:]) for kernel in best}
+        tried.update(found.items())
+        pairs = (zip(astuple(found[kernel]), astuple(best[kernel]), strict=True) for kernel in best)
+        return 1 + sum(x != y for pair in pairs for x, y in pair)
+
+    monkeypatch.setattr(tune_tiles, "build", lambda **_: SimpleNamespace(step=None))
+    monkeypatch.setattr(tune_tiles, "seconds", seconds)
+    found = tune_tiles.tune(64, torch.bfloat16, "linear", 256, 8)
+    assert {key[0]: tile for key, tile in found.items()} == best
+    assert all(tile.step is None for kernel, tile in tried if kernel == "coarse_dq")
+    assert all(tile.step is None or tile.step >= 16 for _, tile in tried)

@@ -1,32 +1,18 @@
-"""The Triton aggregation, in Triton's interpreter, against `Aggregation` of the torch backend in float64."""
+"""The Triton aggregation, where `triton_cases.py` says, against `Aggregation` of the torch backend in float64."""
 
 import pytest
 import torch
-from operator_cases import assert_within_rule, one_thread, random_kernels  # noqa: F401
+from operator_cases import assert_within_rule, random_kernels
+from operator_cases import one_thread as one_thread
+from triton_cases import DEVICE, on_a_device
+from triton_cases import poison as poison
 
 from fma2d.aggregation import Aggregation, BlockSums, level_kernels
 from fma2d.geometry import cell_side, num_levels
-from fma2d.ops import tiles
+from fma2d.ops import tiles, triton_aggregation
 from fma2d.ops.options import Options
 
-triton = pytest.importorskip("triton")
-triton_aggregation = pytest.importorskip("fma2d.ops.triton_aggregation")
-
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton.knobs.runtime.interpret, reason="needs a GPU or Triton's interpreter"
-)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What is allocated empty holds NaN, so that a result which was not written shows."""
-
-    def filled(make):
-        return lambda *args, **kwargs: make(*args, **kwargs).fill_(torch.nan)
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+pytestmark = on_a_device
 
 
 def tokens_of(count, shape, dtype, layout):
@@ -73,7 +59,7 @@ class Case:
         lattices = []
         for x, learned in zip(tokens, kernels, strict=True):
             x = x.movedim(1, -2)
-            mask = torch.ones(x.shape[:-2], dtype=torch.bool) if self.mask is None else self.mask
+            mask = torch.ones(x.shape[:-2], dtype=torch.bool, device=DEVICE) if self.mask is None else self.mask
             x = torch.where(mask[..., None, None], x, 0)
             sums = BlockSums(mask[..., None, None].to(dtype), dtype)
             blocks, grid, options = BlockSums(x, dtype), x.shape[1:-2], self.options

@@ -1,21 +1,19 @@
-"""The triton backend as a leaf for PyTorch's compilers, run by Triton's interpreter where there is no GPU."""
+"""The triton backend as a leaf for PyTorch's compilers, on a GPU or in Triton's interpreter (`triton_cases.py`)."""
 
 import random
 
 import pytest
 import torch
 from operator_cases import one_thread as one_thread
+from triton_cases import DEVICE, on_a_device
 
-from fma2d import FMA2d, ops, why_not
+from fma2d import FMA2d, ops
 
-pytestmark = [
-    pytest.mark.skipif(why_not("triton", torch.empty(1, 1, 4, 8)) is not None, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = on_a_device
 
 
 def small():
-    return FMA2d(16, 2, cell_size=4, rank=2, levels=1, backend="triton")
+    return FMA2d(16, 2, cell_size=4, rank=2, levels=1, backend="triton").to(DEVICE)
 
 
 @pytest.mark.slow
@@ -35,10 +33,10 @@ def test_compiles_to_one_graph_for_all_sizes_under_autocast(monkeypatch):
         for n, (batch, height, width) in enumerate(sizes):
             if n == 2:
                 monkeypatch.setitem(ops.library.BACKENDS, "triton", ops.library.BACKENDS["torch"])
-            x = torch.randn(batch, height, width, 16, requires_grad=True)
+            x = torch.randn(batch, height, width, 16, device=DEVICE, requires_grad=True)
             results = []
             for run in (compiled, module) if n < 2 else (compiled,):
-                with torch.autocast("cpu", torch.float16):
+                with torch.autocast(DEVICE, torch.float16):
                     out = run(x)
                 assert out.dtype == torch.float16
                 results.append((out, *torch.autograd.grad(out.float().square().sum(), [x, *module.parameters()])))
@@ -49,8 +47,8 @@ def test_compiles_to_one_graph_for_all_sizes_under_autocast(monkeypatch):
 def test_exports_with_open_sizes():
     module = small().eval()
     sizes = {1: torch.export.Dim("height", min=2, max=64), 2: torch.export.Dim("width", min=2, max=64)}
-    program = torch.export.export(module, (torch.randn(1, 12, 17, 16),), dynamic_shapes=(sizes,))
+    program = torch.export.export(module, (torch.randn(1, 12, 17, 16, device=DEVICE),), dynamic_shapes=(sizes,))
     for height, width in ((12, 17), (5, 9)):
-        x = torch.randn(1, height, width, 16)
+        x = torch.randn(1, height, width, 16, device=DEVICE)
         with torch.no_grad():
             torch.testing.assert_close(program.module()(x), module(x))

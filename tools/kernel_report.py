@@ -33,9 +33,10 @@ from triton.runtime import jit
 from benchmarks.harness import text_table
 from fma2d import num_levels, start_kernels
 from fma2d.ops import tiles, triton_backend
-from fma2d.ops.options import Options
+from fma2d.ops.options import Call, Options
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+OTHER_ARCHITECTURES = (80, 90)  # for all but the main configurations: one of each kind of matrix instruction
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -156,8 +157,9 @@ def _call(config: Config) -> None:
     groups = [kernels, kernels, kernels if config.variant == "linear" else None]
     mask = torch.ones(batch, *config.grid, dtype=torch.bool) if config.masked else None
     options = Options(config.cell_size, config.rank, config.causal, True, config.head_dim**-0.5)
-    out, lse = triton_backend.forward(*tokens, *groups, mask, options)
-    triton_backend.backward(*tokens, *groups, mask, options, out, lse, torch.zeros_like(out), torch.zeros_like(lse))
+    call = Call(*tokens, *groups, mask, options)
+    out, lse = triton_backend.forward(call)
+    triton_backend.backward(call, out, lse, torch.zeros_like(out), torch.zeros_like(lse))
 
 
 def measure(launch: Launch, arch: int) -> tuple[int, int, int]:
@@ -190,11 +192,15 @@ def _output(*command) -> str:
     return done.stdout + done.stderr
 
 
-def report(architectures: list[int], configs: list[Config], jobs: int) -> list[Row]:
-    """Compile what the configurations launch on the architectures, each different kernel once."""
+def report(calls: list[tuple[int, Config]], jobs: int) -> list[Row]:
+    """Compile what these configurations launch on these architectures, each different kernel once.
+
+    Raises:
+        RuntimeError: at the first that does not compile.
+    """
     torch.set_num_threads(1)
     first: dict[tuple[int, Launch], Config] = {}
-    for arch, config in tqdm(list(product(architectures, configs)), desc="recording launches", unit="call"):
+    for arch, config in tqdm(calls, desc="recording launches", unit="call"):
         for launch in launches(config, arch):
             first.setdefault((arch, launch), config)
     rows = {}
@@ -205,6 +211,7 @@ def report(architectures: list[int], configs: list[Config], jobs: int) -> list[R
             try:
                 registers, spilled, shared = done.result()
             except Exception as error:
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise RuntimeError(f"{launch.kernel} ({first[arch, launch]}) does not compile for sm_{arch}") from error
             options, config = dict(launch.options), first[arch, launch]
             budget = tiles.SHARED_MEMORY[tiles.tier(divmod(arch, 10))]
@@ -226,10 +233,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--csv", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
     main_configs, others = ([c for c in group if args.only in str(c)] for group in (MAIN, OTHER))
-    rows = report(args.arch, main_configs, args.jobs)
-    rest = [arch for arch in args.arch if arch in (80, 90)]
-    if not args.main and rest and others:
-        rows += report(rest, others, args.jobs)
+    calls = list(product(args.arch, main_configs))
+    if not args.main:
+        calls += product([arch for arch in args.arch if arch in OTHER_ARCHITECTURES], others)
+    if not calls:
+        parser.error(f"no configuration for these architectures has {args.only!r} in its name")
+    rows = report(calls, args.jobs)
     header = [field.name for field in fields(Row)]
     print(text_table(header, [list(asdict(row).values()) for row in rows]))
     if args.csv:

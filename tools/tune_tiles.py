@@ -1,13 +1,13 @@
 """Measures tiles on this machine's GPU and saves the best, which are used from then on; see --help.
 
-One kernel after the other is tried with other blocks, warps and stages, and the whole operator, forward and backward,
-is timed; a tile has to be faster than the table's by more than the noise. Results go to the file that this prints;
-delete it to return to the table.
+One kernel after the other is tried with other blocks and steps, then with other warps and stages, and the whole
+operator, forward and backward, is timed; a tile has to be faster than the table's by more than the noise. Results go to
+the file that this prints; delete it to return to the table.
 """
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,9 @@ from fma2d.ops import tiles
 
 GAIN = 0.02  # the least share of time that another tile has to save
 REPEATS = 30
+LEAST_STEP = 16  # the sides of a product of matrices are at least 16
+# What is varied together; every kernel's shape first, then how it is compiled.
+TOGETHER = (("block", "step"), ("num_warps", "num_stages"))
 
 
 def seconds(step) -> float:
@@ -39,31 +42,33 @@ def seconds(step) -> float:
     return median(times[2:])
 
 
-def candidates(tile: tiles.Tile) -> list[tiles.Tile]:
-    """The tile's neighbours."""
-    blocks = (tile.block // 2, tile.block, tile.block * 2)
-    found = [replace(tile, block=b, num_warps=w, num_stages=s) for b, w, s in product(blocks, (2, 4, 8), (1, 2, 3))]
+def candidates(kernel: str, tile: tiles.Tile, names: tuple[str, ...]) -> list[tiles.Tile]:
+    """The tile's neighbours in the attributes of these names."""
+    block, step = tile.block, tile.step or tile.block
+    near = dict(block=(block // 2, block, block * 2), num_warps=(2, 4, 8), num_stages=(1, 2, 3, 4), step=(None,))
+    if any(rule.tile.step for rule in tiles.TABLE[kernel]):  # the kernel has one
+        near["step"] = tuple(n for n in (step // 2, step, step * 2) if n >= LEAST_STEP)
+    found = [replace(tile, **dict(zip(names, values, strict=True))) for values in product(*(near[n] for n in names))]
     return [other for other in found if other != tile]
 
 
 def tune(head_dim: int, dtype: torch.dtype, variant: str, side: int, batch: int) -> dict:
     """The tiles that beat the table's, by the arguments of `tiles.choose`."""
-    capability = torch.cuda.get_device_capability()
     subject = dict(benchmark="operator", name="fma2d-triton", mode="forward+backward", variant=variant)
     shape = dict(height=side, width=side, batch=batch, heads=2, head_dim=head_dim)
     step = build(**subject, **shape, device="cuda", dtype=str(dtype).removeprefix("torch.")).step
-    found = {}
+    found, launched = {}, {}
     choose = tiles.choose
 
-    def chosen(kernel, *key):
-        return found.get((kernel, *key)) or choose(kernel, *key)
+    def chosen(*key):
+        launched[key] = None
+        return found.get(key) or choose(*key)
 
     with patch.object(tiles, "choose", chosen):
         best = seconds(step)
-        for kernel in (bar := tqdm(tiles.TABLE, unit="kernel")):
-            key = (kernel, capability, head_dim, dtype)
-            for tile in candidates(choose(*key)):
-                bar.set_description(f"{kernel} {tile.block} {tile.num_warps} {tile.num_stages}: {1e3 * best:.3f} ms")
+        for key, names in (bar := tqdm(list(product(launched, TOGETHER)), unit="turn")):
+            for tile in candidates(key[0], chosen(*key), names):
+                bar.set_description(f"{key[0]} {astuple(tile)}, best {1e3 * best:.3f} ms")
                 before, found[key] = found.get(key), tile
                 try:
                     time = seconds(step)

@@ -14,73 +14,51 @@ from torch import Tensor
 from ..aggregation import BlockSums, log_counts
 from ..geometry import cell_side, num_levels, tiling
 from . import windows
-from .options import Options
+from .options import Call, Kernels
 from .slabs import ABSENT, PAIRS, State, Windows
-from .sources import Kernels, sources
+from .sources import sources
 
 # A grid without coarse levels and of at most this many tokens is one window.
 ONE_WINDOW = 1024
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_kernels: Kernels,
-    value_kernels: Kernels,
-    query_kernels: Kernels | None,
-    key_mask: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32 or wider."""
-    call = _Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
-    out, lse, _ = call.attend_down_to(0)[-1]
-    out = out.to(q.dtype)
-    if key_mask is not None:
-        out, lse = torch.where(call.exists[..., None], out, 0), torch.where(call.exists, lse, -torch.inf)
+    run = _Run(call)
+    out, lse, _ = run.attend_down_to(0)[-1]
+    out = out.to(call.q.dtype)
+    if call.key_mask is not None:
+        out, lse = torch.where(run.exists[..., None], out, 0), torch.where(run.exists, lse, -torch.inf)
     return out.movedim(-2, 1), lse.movedim(-1, 1)
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_kernels: Kernels,
-    value_kernels: Kernels,
-    query_kernels: Kernels | None,
-    key_mask: Tensor | None,
-    options: Options,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor,
-) -> tuple[list[Tensor], list[Kernels]]:
+def backward(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> tuple[list[Tensor], list[Kernels]]:
     """Gradients of (q, k, v) and of the (key, value, query) kernels, zero for levels that the grid does not use."""
-    call = _Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+    run = _Run(call)
     out, lse, d_out, d_lse = out.movedim(1, -2), lse.movedim(1, -1), d_out.movedim(1, -2), d_lse.movedim(1, -1)
-    if key_mask is not None:
-        d_out, d_lse = torch.where(call.exists[..., None], d_out, 0), torch.where(call.exists, d_lse, 0)
-        lse = torch.where(call.exists, lse, ABSENT)
+    if call.key_mask is not None:
+        d_out, d_lse = torch.where(run.exists[..., None], d_out, 0), torch.where(run.exists, d_lse, 0)
+        lse = torch.where(run.exists, lse, ABSENT)
 
-    delta = _delta(d_out.to(call.dtype), out, d_lse)
+    delta = _delta(d_out.to(run.dtype), out, d_lse)
     # The linear variant's gradients pass from state to state; the log-linear entries share one softmax.
-    states = call.attend_down_to(1) if call.linear else [None] * (call.levels + 1)
-    for level in range(call.levels + 1):
-        inputs = call.inputs(level, states.pop())
-        buffers = [buffer for source in call.sources for buffer in source.buffers(level)]
+    states = run.attend_down_to(1) if run.linear else [None] * (run.levels + 1)
+    for level in range(run.levels + 1):
+        inputs = run.inputs(level, states.pop())
+        buffers = [buffer for source in run.sources for buffer in source.buffers(level)]
         d_state = windows.backward(*inputs, lse, delta, d_out, *buffers)
-        for source in call.sources:
+        for source in run.sources:
             source.collect(level)
         if d_state is not None:
             value, lse, _ = inputs[-1]
             d_out, delta = d_state.value, _delta(d_state.value, value, d_state.lse)
 
     d_tokens = []
-    for x, grad in zip((q, k, v), (grad for source in call.sources for grad in source.token_grads()), strict=True):
-        if key_mask is not None:
-            grad = torch.where(call.exists[..., None], grad, 0)
+    for x, grad in zip(call[:3], (grad for source in run.sources for grad in source.token_grads()), strict=True):
+        if call.key_mask is not None:
+            grad = torch.where(run.exists[..., None], grad, 0)
         d_tokens.append(grad.movedim(-2, 1).to(x.dtype))
-    queries, keys, values = (grads for source in call.sources for grads in source.kernel_grads())
+    queries, keys, values = (grads for source in run.sources for grads in source.kernel_grads())
     return d_tokens, [keys, values, queries]
 
 
@@ -90,25 +68,24 @@ def _delta(d_out: Tensor, out: Tensor, d_lse: Tensor) -> Tensor:
     return torch.cat([(x * y).sum(-1) for x, y in pieces], 1) - d_lse
 
 
-class _Call:
-    """One call: its tokens as `[B, *grid, heads, head_dim]` with absent ones zero, and what each level attends to."""
+class _Run:
+    """A call: its tokens as `[B, *grid, heads, head_dim]` with absent ones zero, and what each level attends to."""
 
-    def __init__(self, q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options: Options):
-        self.options, self.mask = options, key_mask
-        self.grid = q.shape[2:-1]
+    def __init__(self, call: Call):
+        options, self.mask = call.options, call.key_mask
+        self.options, self.grid, self.device = options, call.q.shape[2:-1], call.q.device
         self.levels = num_levels(self.grid, options.cell_size)
         self.parts = tiling(options.rank, len(self.grid))
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.linear = query_kernels is not None
-        q, k, v = (x.movedim(1, -2) for x in (q, k, v))
-        if key_mask is not None:
-            self.exists = key_mask[..., None]
-            q, k, v = (torch.where(self.exists[..., None], x, 0) for x in (q, k, v))
-        tokens = torch.ones(1, *self.grid, device=q.device) if key_mask is None else key_mask
-        self.exist_sums = BlockSums(tokens[..., None, None].to(self.dtype), self.dtype)
-        self.device = q.device
-        kernels, masked = [query_kernels, key_kernels, value_kernels], key_mask is not None
-        self.sources = sources([q, k, v], kernels, options, self.exist_sums, masked, self.dtype)
+        self.dtype = torch.promote_types(call.q.dtype, torch.float32)
+        self.linear = call.query_kernels is not None
+        tokens = [x.movedim(1, -2) for x in call[:3]]
+        if self.mask is not None:
+            self.exists = self.mask[..., None]
+            tokens = [torch.where(self.exists[..., None], x, 0) for x in tokens]
+        exist = torch.ones(1, *self.grid, device=self.device) if self.mask is None else self.mask
+        self.exist_sums = BlockSums(exist[..., None, None].to(self.dtype), self.dtype)
+        kernels = [call.query_kernels, call.key_kernels, call.value_kernels]
+        self.sources = sources(tokens, kernels, options, self.exist_sums, self.mask is not None, self.dtype)
 
     def attend_down_to(self, last: int) -> list[State | None]:
         """The states after each level from the coarsest to `last`, after a None for the one before it."""

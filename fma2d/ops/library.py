@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import count_pairs
-from .options import Options
+from .options import Call, Options
 
 # Module with forward and backward of each backend behind the op; imported when first used.
 BACKENDS = {"torch": ".blocked", "triton": ".triton_backend"}
@@ -37,7 +37,7 @@ def _run(step: str, backend: str, q: Tensor, k: Tensor, v: Tensor, kernels, leve
     options = Options(*settings)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         groups = _unflatten_kernels(kernels, levels, q.dim() - 3)
-        return getattr(module, step)(q, k, v, *groups, key_mask, options, *saved)
+        return getattr(module, step)(Call(q, k, v, *groups, key_mask, options), *saved)
 
 
 @torch.library.custom_op("fma2d::multipole_attention", mutates_args=())
@@ -130,7 +130,7 @@ def _double_backward(ctx, grads):
         inputs = [x.detach().requires_grad_() for x in (q, k, v, *kernels)]
         cotangents = [x.detach().requires_grad_() for x in (d_out, d_lse)]
         groups = _unflatten_kernels(inputs[3:], ctx.levels, q.dim() - 3)
-        outputs = blocked.forward(*inputs[:3], *groups, key_mask, options)
+        outputs = blocked.forward(Call(*inputs[:3], *groups, key_mask, options))
         first = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
         second = torch.autograd.grad(first, [*inputs, *cotangents], grads, materialize_grads=True)
     *d_inputs, dd_out, dd_lse = second

@@ -1,6 +1,11 @@
 """What a call of the operator asks for, checked; the same for every backend."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+Kernels = list[list[Tensor]]  # over levels, then axes: `[rank, heads | 1, head_dim | 1, bins]`
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,22 @@ class Options:
     causal: bool
     count_bias: bool
     scale: float
+
+
+class Call(NamedTuple):
+    """What a backend's `forward` and `backward` get.
+
+    Attributes:
+        q, k, v: `[B, heads, *grid, head_dim]`.
+        query_kernels: None in the log-linear variant.
+        key_mask: bool `[B, *grid]`, True where a token exists.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_kernels: Kernels
+    value_kernels: Kernels
+    query_kernels: Kernels | None
+    key_mask: Tensor | None
+    options: Options

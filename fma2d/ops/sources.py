@@ -13,9 +13,7 @@ from torch import Tensor
 
 from ..aggregation import Aggregation, BlockSums, level_kernels, spread
 from ..geometry import Grid, cell_side, num_levels
-from .options import Options
-
-Kernels = list[list[Tensor]]
+from .options import Kernels, Options
 
 
 def sources(

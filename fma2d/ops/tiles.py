@@ -100,6 +100,8 @@ def tier(capability: tuple[int, int]) -> str:
 
 def why_not(capability: tuple[int, int]) -> str | None:
     """Why no kernel runs on a device of this compute capability; None if they do."""
+    if torch.version.hip:
+        return "the Triton kernels are made for NVIDIA GPUs, this PyTorch is one for AMD's"
     if capability >= LEAST_CAPABILITY:
         return None
     least, has = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))

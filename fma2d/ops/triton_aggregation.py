@@ -21,10 +21,8 @@ from torch.nn import functional as F
 from ..aggregation import start_kernels
 from ..geometry import cell_side, tiling
 from . import tiles
-from .options import Options
+from .options import Kernels, Options
 from .triton_aggregation_kernels import source_gradient_kernel, summarise_kernel, weight_gradient_kernel
-
-Kernels = list[list[Tensor]]
 
 # What a program takes of a cell at once: columns, and summary tokens; more of them come in turns.
 MAX_COLUMNS = 16
@@ -221,19 +219,20 @@ class _Pass:
                 shape = (len(kernels), 1, self.options.rank, self.heads, self.head_dim)
                 level.tables.append(torch.ones(shape, device=self.device))
             for axis in range(self.ndim):
-                weights = [self._by_unit(axes[axis], level.side[-1]) for axes in kernels]
-                waiting[level.side[-1]].append((level, weights))
-        for entries in waiting.values():
-            tables = torch.stack([w for _, weights in entries for w in weights]).unflatten(0, (len(entries), -1))
-            for (level, _), table in zip(entries, tables, strict=True):
+                waiting[level.side[-1]].append((level, [axes[axis] for axes in kernels]))
+        for side, entries in waiting.items():
+            tables = self._by_unit([w for _, weights in entries for w in weights], side)
+            for (level, _), table in zip(entries, tables.unflatten(0, (len(entries), -1)), strict=True):
                 level.tables.append(table)
 
-    def _by_unit(self, kernel: Tensor, side: int) -> Tensor:
-        """`[side, p, heads, head_dim]`, float32."""
-        kernel, bins = kernel.float(), kernel.shape[-1]
+    def _by_unit(self, kernels: list[Tensor], side: int) -> Tensor:
+        """`[kernels, side, p, heads, head_dim]`, float32, contiguous; all at once if they are alike."""
+        if len({(w.shape, w.dtype) for w in kernels}) > 1:
+            return torch.cat([self._by_unit([w], side) for w in kernels])
+        weights, bins = torch.stack(kernels).float(), kernels[0].shape[-1]
         if bins != side:
-            kernel = kernel.repeat_interleave(side // bins, -1) * (bins / side)
-        return kernel.expand(-1, self.heads, self.head_dim, -1).permute(3, 0, 1, 2)
+            weights = weights.repeat_interleave(side // bins, -1) * (bins / side)
+        return weights.expand(-1, -1, self.heads, self.head_dim, -1).permute(0, 4, 1, 2, 3).contiguous()
 
     def _flat(self, tokens: Tensor) -> Tensor:
         """`[B, heads, *grid, head_dim]` with a grid of two axes."""
@@ -345,18 +344,20 @@ class _Pass:
         total = partial.sum(0)  # [arrays, side, side, p, heads, head_dim]
         table_y, table_x = level.tables
         d_tables = ((total * table_x[:, None]).sum(2), (total * table_y[:, :, None]).sum(1))
+        d_tables, by_shape = torch.stack(d_tables[-self.ndim :]), {}
         for n, learned in enumerate(self.kernels):
             if learned:
-                index = min(level.number, len(learned)) - 1
-                for grad, d_table in zip(grads[n][index], d_tables[-self.ndim :], strict=True):
-                    grad += _by_bin(d_table[n], grad.shape)
+                for axis, grad in enumerate(grads[n][min(level.number, len(learned)) - 1]):
+                    if grad.shape not in by_shape:  # those of other kernels are most likely of this shape, too
+                        by_shape[grad.shape] = _by_bin(d_tables, grad.shape)
+                    grad += by_shape[grad.shape][axis, n]
 
 
-def _by_bin(d_table: Tensor, shape: torch.Size) -> Tensor:
-    """A kernel's gradient, `[p, heads | 1, head_dim | 1, b]`, from that of its table, `[side, p, heads, head_dim]`."""
-    bins = shape[-1]
-    d_kernel = d_table.unflatten(0, (bins, -1)).sum(1).permute(1, 2, 3, 0) * (bins / d_table.shape[0])
-    return d_kernel.sum_to_size(shape)
+def _by_bin(d_tables: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients of kernels of a shape, `[axes, arrays, *shape]`, from `[axes, arrays, side, p, heads, head_dim]`."""
+    bins, side = shape[-1], d_tables.shape[2]
+    d_kernels = d_tables.unflatten(2, (bins, -1)).sum(3).movedim(2, -1) * (bins / side)
+    return d_kernels.sum_to_size(*d_tables.shape[:2], *shape)
 
 
 def _three(x: list) -> list:

@@ -19,10 +19,8 @@ from torch.nn.functional import pad
 
 from ..geometry import cell_side, num_cells, num_levels, tiling
 from . import blocked, tiles, triton_backward, triton_backward_far, triton_forward
-from .options import Options
+from .options import Call, Kernels
 from .triton_aggregation import Summaries
-
-Kernels = list[list[Tensor]]
 
 # How tensor cores multiply float32. Coarse levels are float32 whatever the tokens are, with the precision of these.
 PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
@@ -57,57 +55,33 @@ class Queries(NamedTuple):
     state: tuple[Tensor, Tensor, Tensor] | None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_kernels: Kernels,
-    value_kernels: Kernels,
-    query_kernels: Kernels | None,
-    key_mask: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32."""
-    arguments = (q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
 
     def fused() -> tuple[Tensor, Tensor]:
-        call = _Call(*arguments)
-        out, lse = call.near_forward(call.summarise())
+        run = _Run(call)
+        out, lse = run.near_forward(run.summarise())
         return out.movedim(-2, 1), lse.movedim(-1, 1)
 
-    return tiles.run_or(fused, lambda: blocked.forward(*arguments))
+    return tiles.run_or(fused, lambda: blocked.forward(call))
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_kernels: Kernels,
-    value_kernels: Kernels,
-    query_kernels: Kernels | None,
-    key_mask: Tensor | None,
-    options: Options,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor,
-) -> tuple[list[Tensor], list[Kernels]]:
+def backward(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> tuple[list[Tensor], list[Kernels]]:
     """Gradients of (q, k, v) and of the (key, value, query) kernels, zero for levels that the grid does not use."""
-    arguments = (q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
 
     def fused() -> tuple[list[Tensor], list[Kernels]]:
-        call = _Call(*arguments)
-        lattices = call.summarise(learn=True)
-        queries = call.prepare(out, d_out, lse, d_lse)
-        extra, d_kernels = call.summarise_backward(call.far_backward(lattices, queries))
-        d_tokens = [call.near_dq(lattices, queries, extra[0]), *call.near_dkdv(queries, *extra[1:])]
+        run = _Run(call)
+        lattices = run.summarise(learn=True)
+        queries = run.prepare(out, d_out, lse, d_lse)
+        extra, d_kernels = run.summarise_backward(run.far_backward(lattices, queries))
+        d_tokens = [run.near_dq(lattices, queries, extra[0]), *run.near_dkdv(queries, *extra[1:])]
         return [d.movedim(-2, 1) for d in d_tokens], d_kernels
 
-    return tiles.run_or(fused, lambda: blocked.backward(*arguments, out, lse, d_out, d_lse))
+    return tiles.run_or(fused, lambda: blocked.backward(call, out, lse, d_out, d_lse))
 
 
-class _Call:
-    """One call: its sizes, the arguments of its kernels by name, and a method for each step.
+class _Run:
+    """A call: its sizes, the arguments of its kernels by name, and a method for each step.
 
     Attributes:
         far: how the far field enters the near one: "none", "state" (linear) or "columns" (log-linear).
@@ -115,15 +89,15 @@ class _Call:
         arguments: what kernels take by name; a launch adds its own.
     """
 
-    def __init__(self, q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options: Options):
+    def __init__(self, call: Call):
+        q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options = call
         batch, heads, *grid, head_dim = q.shape
         self.options, self.key_mask, self.grid = options, key_mask, tuple(grid)
         self.dtype, self.device, self.ndim = q.dtype, q.device, len(grid)
         self.shape = (batch, *grid, heads, head_dim)
         self.levels = num_levels(self.grid, options.cell_size) if batch else 0
         self.far = "none" if self.levels == 0 else "columns" if query_kernels is None else "state"
-        self.linear = query_kernels is not None
-        self.summarised = [q, k, v] if self.linear else [k, v]
+        self.summarised = [k, v] if query_kernels is None else [q, k, v]
         self.kernels = [query_kernels, key_kernels, value_kernels][-len(self.summarised) :]
 
         height, width = (1, *grid)[-2:]
@@ -175,8 +149,9 @@ class _Call:
                 count = count.sum(-1).movedim(-1, axis)
             counts.append(count)
         count = torch.cat([x.flatten(1) for x in counts], 1)
-        log_n = (count / self.options.rank).log2() if self.options.count_bias else torch.zeros_like(count)
-        return torch.where(count > 0, log_n, -torch.inf)
+        if self.options.count_bias:
+            return (count / self.options.rank).log2()
+        return torch.zeros_like(count).masked_fill(count == 0, -torch.inf)
 
     def _launch(self, kernel, count: int, cell: tuple[int, int], split: bool = True, **arguments) -> None:
         """Run a kernel over `count` cells of these sides for every head; its arguments are found by name.

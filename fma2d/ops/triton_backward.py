@@ -13,14 +13,16 @@ from .triton_geometry import (
     SIZES,
     by_cell,
     first_token,
-    lattice_extents,
+    load_asking,
     load_columns,
+    load_near,
     load_rows,
     load_tokens,
+    own_cell,
     own_entry,
-    split_program,
     store_rows,
     token_tile,
+    walk,
     window,
 )
 
@@ -43,10 +45,7 @@ def prepare(
     that every factor is at most 1; a column's own lse is never above that.
     """
     CHUNKS: tl.constexpr = PAD // BLOCK
-    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
-    _, cell, batch_head = split_program(cells_y * cells_x, 1)
-    batch, head = batch_head // heads, batch_head % heads
-    cell_y, cell_x = cell // cells_x, cell % cells_x
+    _, batch, head, cell_y, cell_x, cells_y, cells_x = own_cell(height, width, heads, CELL_Y, CELL_X, 1)
     token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
     lse += token * heads + head
     d_lse += token * heads + head
@@ -76,7 +75,7 @@ def prepare(
         d_rows = load_rows(d_out, offsets * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
         delta = tl.sum(rows.to(tl.float32) * d_rows.to(tl.float32), 1)
         delta -= tl.load(d_lse + offsets, mask=exists, other=0.0)
-        place = by_cell(batch_head, cell, chunk, cells_y * cells_x, PAD, BLOCK)
+        place = by_cell(batch, head, cell_y * cells_x + cell_x, chunk, heads, cells_y * cells_x, PAD, BLOCK)
         tl.store(lse_by_cell + place, score)
         tl.store(delta_by_cell + place, delta)
         if SUMS:
@@ -91,6 +90,24 @@ def prepare(
         store_rows(d_state, row * HEAD_DIM, is_part, sums, HEAD_DIM, BLOCK_D)
         tl.store(state_lse + row, least, mask=is_part)
         tl.store(state_delta + row, delta_sums, mask=is_part)
+
+
+@triton.jit
+def query_step(scores, keys, values, d_rows, lse, delta, d_queries, PRECISION: tl.constexpr):
+    """Take in the gradient of queries, the rows of `scores`, by way of some keys; scores are -inf for none."""
+    d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
+    d_scores = tl.exp2(scores - lse[:, None]) * (d_weights - delta[:, None])
+    return tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision=PRECISION)
+
+
+@triton.jit
+def key_step(scores, queries, values, d_rows, lse, delta, d_keys, d_values, PRECISION: tl.constexpr):
+    """Take in the gradients of keys and values, the rows of `scores`, by way of some queries: both of them."""
+    weights = tl.exp2(scores - lse[None, :])
+    d_values = tl.dot(weights.to(d_rows.dtype), d_rows, d_values, input_precision=PRECISION)
+    d_weights = tl.dot(values, tl.trans(d_rows), input_precision=PRECISION)
+    d_scores = weights * (d_weights - delta[None, :])
+    return tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision=PRECISION), d_values
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -109,10 +126,7 @@ def near_dq(
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
     STEPS: tl.constexpr = (CELL_Y * CELL_X + STEP - 1) // STEP  # to meet a cell
     COLUMN_TILES: tl.constexpr = ((3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X + FAR_BLOCK - 1) // FAR_BLOCK
-    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
-    chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
-    cell_y, cell_x = cell // cells_x, cell % cells_x
+    chunk, batch, head, cell_y, cell_x, cells_y, cells_x = own_cell(height, width, heads, CELL_Y, CELL_X, CHUNKS)
     y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
     token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
     first_channel = (token * heads + head) * HEAD_DIM
@@ -122,46 +136,30 @@ def near_dq(
     )  # fmt: skip
     queries = (queries.to(tl.float32) * sign).to(DTYPE)
     d_rows = load_rows(d_out + first_channel, offsets, exists, HEAD_DIM, BLOCK_D)
-    place = by_cell(batch_head, cell, chunk, cells_y * cells_x, PAD, BLOCK)
-    own_lse, own_delta = tl.load(lse + place)[:, None], tl.load(delta + place)[:, None]
+    place = by_cell(batch, head, cell_y * cells_x + cell_x, chunk, heads, cells_y * cells_x, PAD, BLOCK)
+    own_lse, own_delta = tl.load(lse + place), tl.load(delta + place)
 
     d_queries = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     if FAR == "columns":
         start = 0
         for step in range(levels * COLUMN_TILES):
-            level, number = 1 + step // COLUMN_TILES, step % COLUMN_TILES * FAR_BLOCK + tl.arange(0, FAR_BLOCK)
-            keys, values, addend = load_columns(
-                far_k, far_v, bias, number, level, start, batch, head, cell_y, cell_x, height, width, heads, entries,
-                HEAD_DIM, BLOCK_D, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS,
+            keys, values, addend, start = load_columns(
+                far_k, far_v, bias, step, start, batch, head, cell_y, cell_x, height, width, heads, entries,
+                HEAD_DIM, BLOCK_D, FAR_BLOCK, COLUMN_TILES, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS,
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
-            d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
-            d_scores = tl.exp2(scores - own_lse) * (d_weights - own_delta)
-            d_queries = tl.dot(d_scores.to(DTYPE), keys, d_queries, input_precision=PRECISION)
-            extent_y, extent_x = lattice_extents(level, height, width, CELL_X, PARTS_Y, PARTS_X)
-            start += tl.where(step % COLUMN_TILES == COLUMN_TILES - 1, extent_y * extent_x, 0)
+            d_queries = query_step(scores, keys, values, d_rows, own_lse, own_delta, d_queries, PRECISION)
 
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, not CAUSAL, FAR == "none")
+    column = cell_x * CELL_X + x
     for step in range(rows * columns * STEPS):
-        chunk_k, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
-        cell_ky, cell_kx = first_y + step_y, first_x + step_x
-        ky, kx, _, present = token_tile(
-            mask, batch, chunk_k, cell_ky, cell_kx, height, width, CELL_Y, CELL_X, STEP
+        chunk_k, cell_ky, cell_kx = walk(step, first_y, first_x, columns, STEPS)
+        keys, values, seen = load_near(
+            k, v, k_strides, v_strides, mask, column, batch, head, chunk_k, cell_ky, cell_kx, height, width,
+            HEAD_DIM, BLOCK_D, STEP, CELL_Y, CELL_X, CAUSAL,
         )  # fmt: skip
-        keys = load_tokens(
-            k, k_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        values = load_tokens(
-            v, v_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        seen = present[None, :]
-        if CAUSAL:
-            seen = seen & (cell_kx * CELL_X + kx[None, :] <= cell_x * CELL_X + x[:, None])
-        products = tl.where(seen, products, float("-inf"))
-        d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
-        d_scores = tl.exp2(products * factor - own_lse) * (d_weights - own_delta)
-        d_queries = tl.dot(d_scores.to(DTYPE), keys, d_queries, input_precision=PRECISION)
+        products = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision=PRECISION), float("-inf"))
+        d_queries = query_step(products * factor, keys, values, d_rows, own_lse, own_delta, d_queries, PRECISION)
 
     d_queries *= scale
     if extra is not None:
@@ -182,10 +180,7 @@ def near_dkdv(
     DTYPE: tl.constexpr = q.dtype.element_ty
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
     STEPS: tl.constexpr = (CELL_Y * CELL_X + STEP - 1) // STEP  # to meet a cell
-    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
-    chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
-    cell_y, cell_x = cell // cells_x, cell % cells_x
+    chunk, batch, head, cell_y, cell_x, cells_y, cells_x = own_cell(height, width, heads, CELL_Y, CELL_X, CHUNKS)
     y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
     keys = load_tokens(
         k, k_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
@@ -199,29 +194,17 @@ def near_dkdv(
     d_values = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, not CAUSAL, True, WHOLE)
     for step in range(rows * columns * STEPS):
-        chunk_q, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
-        cell_qy, cell_qx = first_y + step_y, first_x + step_x
-        qy, qx, _, asking = token_tile(
-            mask, batch, chunk_q, cell_qy, cell_qx, height, width, CELL_Y, CELL_X, STEP
+        chunk_q, cell_qy, cell_qx = walk(step, first_y, first_x, columns, STEPS)
+        queries, d_rows, their_lse, their_delta, column = load_asking(
+            q, q_strides, mask, d_out, lse, delta, batch, head, chunk_q, cell_qy, cell_qx, height, width, heads,
+            HEAD_DIM, BLOCK_D, STEP, PAD, CELL_Y, CELL_X,
         )  # fmt: skip
-        queries = load_tokens(
-            q, q_strides, batch, head, cell_qy, cell_qx, qy, qx, asking, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        token = first_token(batch, cell_qy, cell_qx, height, width, CELL_Y, CELL_X)
-        first_channel = (token * heads + head) * HEAD_DIM
-        d_rows = load_rows(d_out + first_channel, (qy * width + qx) * heads * HEAD_DIM, asking, HEAD_DIM, BLOCK_D)
-        place = by_cell(batch_head, cell_qy * cells_x + cell_qx, chunk_q, cells_y * cells_x, PAD, STEP)
-        # The lse of a query that does not exist makes its weights 0.
-        their_lse, their_delta = tl.load(lse + place)[None, :], tl.load(delta + place)[None, :]
         products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         if CAUSAL:
-            seen = cell_x * CELL_X + x[:, None] <= cell_qx * CELL_X + qx[None, :]
-            products = tl.where(seen, products, float("-inf"))
-        weights = tl.exp2(products * factor - their_lse)
-        d_values = tl.dot(weights.to(DTYPE), d_rows, d_values, input_precision=PRECISION)
-        d_weights = tl.dot(values, tl.trans(d_rows), input_precision=PRECISION)
-        d_scores = weights * (d_weights - their_delta)
-        d_keys = tl.dot(d_scores.to(DTYPE), queries, d_keys, input_precision=PRECISION)
+            products = tl.where(cell_x * CELL_X + x[:, None] <= column[None, :], products, float("-inf"))
+        d_keys, d_values = key_step(
+            products * factor, queries, values, d_rows, their_lse, their_delta, d_keys, d_values, PRECISION
+        )  # fmt: skip
 
     token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
     first_channel = (token * heads + head) * HEAD_DIM

@@ -9,22 +9,23 @@ pieces with partial sums (`column_dkdv`), which are added up in order (`column_s
 import triton
 import triton.language as tl
 
+from .triton_backward import key_step, query_step
 from .triton_geometry import (
     NOBODY,
     SIZES,
     are_apart,
     by_cell,
     coarse_cells,
-    first_token,
     lattice_extents,
     lattice_tile,
+    load_asking,
     load_rows,
-    load_tokens,
+    load_summaries,
     locate_cell,
     log_counts,
     split_program,
     store_rows,
-    token_tile,
+    walk,
     window,
 )
 
@@ -39,8 +40,7 @@ def collect(
     PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one summary query's value, and its delta: sums over the level-1 sub-cells that it holds."""
-    _, entry, batch_head = split_program(entries, 1)
-    batch, head = batch_head // heads, batch_head % heads
+    _, entry, batch, head = split_program(entries, heads, 1)
     last_y, last_x = lattice_extents(1, height, width, cell_size, PARTS_Y, PARTS_X)
     # Every entry is a cell of its own here.
     level, _, _, _, y, x = locate_cell(entry, height, width, cell_size, 1, 1, PARTS_Y, PARTS_X)
@@ -78,8 +78,7 @@ def coarse_dq(
 ):  # fmt: skip
     """The gradients of one parent's summary queries."""
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    chunk, cell, batch_head = split_program(cells, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
+    chunk, cell, batch, head = split_program(cells, heads, CHUNKS)
     level, start, extent_y, extent_x, cell_y, cell_x = locate_cell(
         cell, height, width, cell_size, CELL_Y, CELL_X, PARTS_Y, PARTS_X
     )  # fmt: skip
@@ -88,27 +87,18 @@ def coarse_dq(
     row = (batch * entries + start + y * extent_x + x) * heads + head
     queries = load_rows(q, row * HEAD_DIM, exists, HEAD_DIM, BLOCK_D) * sign
     d_rows = load_rows(d_out, row * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
-    own_lse, own_delta = coarse_lse(lse, row, exists)[:, None], tl.load(delta + row, mask=exists, other=0.0)[:, None]
+    own_lse, own_delta = coarse_lse(lse, row, exists), tl.load(delta + row, mask=exists, other=0.0)
 
     d_queries = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, True)
     for step in range(rows * columns * CHUNKS):
-        chunk_k, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
-        ky, kx, present = lattice_tile(
-            chunk_k, first_y + step_y, first_x + step_x, extent_y, extent_x, CELL_Y, CELL_X, BLOCK
+        chunk_k, cell_ky, cell_kx = walk(step, first_y, first_x, columns, CHUNKS)
+        keys, values, addend = load_summaries(
+            k, v, bias, y, x, chunk_k, level, start, batch, head, cell_ky, cell_kx, extent_y, extent_x, height, width,
+            heads, entries, cell_size, HEAD_DIM, BLOCK_D, BLOCK, CELL_Y, CELL_X, PARTS_Y, PARTS_X, COUNT_BIAS,
         )  # fmt: skip
-        entry_k = batch * entries + start + ky * extent_x + kx
-        offsets = (entry_k * heads + head) * HEAD_DIM
-        keys = load_rows(k, offsets, present, HEAD_DIM, BLOCK_D)
-        values = load_rows(v, offsets, present, HEAD_DIM, BLOCK_D)
-        addend = log_counts(
-            bias, entry_k, ky, kx, present, level, height, width, cell_size, PARTS_Y, PARTS_X, COUNT_BIAS
-        )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
-        apart = are_apart(y[:, None], x[:, None], ky[None, :], kx[None, :], PARTS_Y, PARTS_X)
-        weights = tl.exp2(tl.where(apart, scores, float("-inf")) - own_lse)
-        d_weights = tl.dot(d_rows, tl.trans(values), input_precision=PRECISION)
-        d_queries = tl.dot(weights * (d_weights - own_delta), keys, d_queries, input_precision=PRECISION)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend
+        d_queries = query_step(scores, keys, values, d_rows, own_lse, own_delta, d_queries, PRECISION)
     store_rows(d_q, row * HEAD_DIM, exists, d_queries * scale, HEAD_DIM, BLOCK_D)
 
 
@@ -130,8 +120,7 @@ def coarse_dkdv(
 ):  # fmt: skip
     """The gradients of one parent's summary keys and values: rows are keys here."""
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    chunk, cell, batch_head = split_program(cells, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
+    chunk, cell, batch, head = split_program(cells, heads, CHUNKS)
     level, start, extent_y, extent_x, cell_y, cell_x = locate_cell(
         cell, height, width, cell_size, CELL_Y, CELL_X, PARTS_Y, PARTS_X
     )  # fmt: skip
@@ -149,21 +138,18 @@ def coarse_dkdv(
     d_values = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, True)
     for step in range(rows * columns * CHUNKS):
-        chunk_q, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
-        qy, qx, asking = lattice_tile(
-            chunk_q, first_y + step_y, first_x + step_x, extent_y, extent_x, CELL_Y, CELL_X, BLOCK
-        )  # fmt: skip
+        chunk_q, cell_qy, cell_qx = walk(step, first_y, first_x, columns, CHUNKS)
+        qy, qx, asking = lattice_tile(chunk_q, cell_qy, cell_qx, extent_y, extent_x, CELL_Y, CELL_X, BLOCK)
         row_q = (batch * entries + start + qy * extent_x + qx) * heads + head
         queries = load_rows(q, row_q * HEAD_DIM, asking, HEAD_DIM, BLOCK_D)
         d_rows = load_rows(d_out, row_q * HEAD_DIM, asking, HEAD_DIM, BLOCK_D)
-        their_lse = coarse_lse(lse, row_q, asking)[None, :]
-        their_delta = tl.load(delta + row_q, mask=asking, other=0.0)[None, :]
+        their_lse, their_delta = coarse_lse(lse, row_q, asking), tl.load(delta + row_q, mask=asking, other=0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor + addend
         apart = are_apart(y[:, None], x[:, None], qy[None, :], qx[None, :], PARTS_Y, PARTS_X)
-        weights = tl.exp2(tl.where(apart, scores, float("-inf")) - their_lse)
-        d_values = tl.dot(weights, d_rows, d_values, input_precision=PRECISION)
-        d_weights = tl.dot(values, tl.trans(d_rows), input_precision=PRECISION)
-        d_keys = tl.dot(weights * (d_weights - their_delta), queries, d_keys, input_precision=PRECISION)
+        scores = tl.where(apart, scores, float("-inf"))
+        d_keys, d_values = key_step(
+            scores, queries, values, d_rows, their_lse, their_delta, d_keys, d_values, PRECISION
+        )  # fmt: skip
     store_rows(d_k, row * HEAD_DIM, exists, d_keys * scale, HEAD_DIM, BLOCK_D)
     store_rows(d_v, row * HEAD_DIM, exists, d_values, HEAD_DIM, BLOCK_D)
 
@@ -190,8 +176,7 @@ def column_dkdv(
     DTYPE: tl.constexpr = q.dtype.element_ty
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
     STEPS: tl.constexpr = (SIDE_Y * SIDE_X + STEP - 1) // STEP
-    chunk, slot, batch_head = split_program(slots, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
+    chunk, slot, batch, head = split_program(slots, heads, CHUNKS)
     level, start, piece = 1, 0, slot
     extent_y, extent_x = lattice_extents(1, height, width, SIDE_X, PARTS_Y, PARTS_X)
     pieces = pieces_of(1, NDIM, MOST)
@@ -223,31 +208,22 @@ def column_dkdv(
     d_keys = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     d_values = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for step in range(piece * share * STEPS, tl.minimum((piece + 1) * share, rows * columns) * STEPS):
-        chunk_q, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
-        cell_qy, cell_qx = (first_y << level) + step_y, (first_x << level) + step_x
-        qy, qx, _, asking = token_tile(
-            mask, batch, chunk_q, cell_qy, cell_qx, height, width, SIDE_Y, SIDE_X, STEP
+        chunk_q, cell_qy, cell_qx = walk(step, first_y << level, first_x << level, columns, STEPS)
+        queries, d_rows, their_lse, their_delta, _ = load_asking(
+            q, q_strides, mask, d_out, lse, delta, batch, head, chunk_q, cell_qy, cell_qx, height, width, heads,
+            HEAD_DIM, BLOCK_D, STEP, PAD, SIDE_Y, SIDE_X,
         )  # fmt: skip
-        queries = load_tokens(
-            q, q_strides, batch, head, cell_qy, cell_qx, qy, qx, asking, SIDE_Y, SIDE_X, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        token = first_token(batch, cell_qy, cell_qx, height, width, SIDE_Y, SIDE_X)
-        first_channel = (token * heads + head) * HEAD_DIM
-        d_rows = load_rows(d_out + first_channel, (qy * width + qx) * heads * HEAD_DIM, asking, HEAD_DIM, BLOCK_D)
-        place = by_cell(batch_head, cell_qy * base_x + cell_qx, chunk_q, base_y * base_x, PAD, STEP)
-        their_lse, their_delta = tl.load(lse + place)[None, :], tl.load(delta + place)[None, :]
         own_y, own_x = cell_qy >> (level - 1), cell_qx >> (level - 1)
         seen = are_apart(y, x, own_y * PARTS_Y, own_x * PARTS_X, PARTS_Y, PARTS_X)
         if CAUSAL:
             seen = seen & (x // PARTS_X < own_x)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor + addend[:, None]
-        weights = tl.exp2(tl.where(seen[:, None], scores, float("-inf")) - their_lse)
-        d_values = tl.dot(weights.to(DTYPE), d_rows, d_values, input_precision=PRECISION)
-        d_weights = tl.dot(values, tl.trans(d_rows), input_precision=PRECISION)
-        d_scores = weights * (d_weights - their_delta)
-        d_keys = tl.dot(d_scores.to(DTYPE), queries, d_keys, input_precision=PRECISION)
+        scores = tl.where(seen[:, None], scores, float("-inf"))
+        d_keys, d_values = key_step(
+            scores, queries, values, d_rows, their_lse, their_delta, d_keys, d_values, PRECISION
+        )  # fmt: skip
 
-    offsets = by_cell(batch_head, slot, chunk, slots, PAD_K, BLOCK) * HEAD_DIM
+    offsets = by_cell(batch, head, slot, chunk, heads, slots, PAD_K, BLOCK) * HEAD_DIM
     store_rows(partial_k, offsets, exists, d_keys, HEAD_DIM, BLOCK_D)
     store_rows(partial_v, offsets, exists, d_values, HEAD_DIM, BLOCK_D)
 
@@ -262,8 +238,7 @@ def column_sum(
 ):  # fmt: skip
     """The gradients of one parent's summary keys and values: its pieces, in order."""
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    chunk, cell, batch_head = split_program(cells, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
+    chunk, cell, batch, head = split_program(cells, heads, CHUNKS)
     level, start, extent_y, extent_x, cell_y, cell_x = locate_cell(
         cell, height, width, cell_size, CELL_Y, CELL_X, PARTS_Y, PARTS_X
     )  # fmt: skip
@@ -277,7 +252,7 @@ def column_sum(
     d_keys = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     d_values = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for piece in range(pieces):
-        offsets = by_cell(batch_head, slot + piece, chunk, slots, PAD_K, BLOCK) * HEAD_DIM
+        offsets = by_cell(batch, head, slot + piece, chunk, heads, slots, PAD_K, BLOCK) * HEAD_DIM
         d_keys += load_rows(partial_k, offsets, exists, HEAD_DIM, BLOCK_D)
         d_values += load_rows(partial_v, offsets, exists, HEAD_DIM, BLOCK_D)
     row = (batch * entries + start + y * extent_x + x) * heads + head

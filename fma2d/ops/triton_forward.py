@@ -16,19 +16,21 @@ from .triton_geometry import (
     LN_2,
     LOWEST,
     SIZES,
-    are_apart,
     first_token,
     lattice_extents,
     lattice_tile,
     load_columns,
+    load_near,
     load_rows,
+    load_summaries,
     load_tokens,
     locate_cell,
-    log_counts,
+    own_cell,
     own_entry,
     split_program,
     store_rows,
     token_tile,
+    walk,
     window,
 )
 
@@ -70,10 +72,7 @@ def near_forward(
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
     STEPS: tl.constexpr = (CELL_Y * CELL_X + STEP - 1) // STEP  # to meet a cell
     COLUMN_TILES: tl.constexpr = ((3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X + FAR_BLOCK - 1) // FAR_BLOCK
-    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
-    chunk, cell, batch_head = split_program(cells_y * cells_x, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
-    cell_y, cell_x = cell // cells_x, cell % cells_x
+    chunk, batch, head, cell_y, cell_x, cells_y, cells_x = own_cell(height, width, heads, CELL_Y, CELL_X, CHUNKS)
     y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
     queries = load_tokens(
         q, q_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
@@ -93,34 +92,22 @@ def near_forward(
     if FAR == "columns":
         start = 0
         for step in range(levels * COLUMN_TILES):
-            level, number = 1 + step // COLUMN_TILES, step % COLUMN_TILES * FAR_BLOCK + tl.arange(0, FAR_BLOCK)
-            keys, values, addend = load_columns(
-                far_k, far_v, bias, number, level, start, batch, head, cell_y, cell_x, height, width, heads, entries,
-                HEAD_DIM, BLOCK_D, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS,
+            keys, values, addend, start = load_columns(
+                far_k, far_v, bias, step, start, batch, head, cell_y, cell_x, height, width, heads, entries,
+                HEAD_DIM, BLOCK_D, FAR_BLOCK, COLUMN_TILES, CELL_X, PARTS_Y, PARTS_X, NDIM, CAUSAL, COUNT_BIAS,
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
             top, total, sums = attend_to(scores, 1.0, values, top, total, sums, PRECISION)
-            extent_y, extent_x = lattice_extents(level, height, width, CELL_X, PARTS_Y, PARTS_X)
-            start += tl.where(step % COLUMN_TILES == COLUMN_TILES - 1, extent_y * extent_x, 0)
 
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, not CAUSAL, FAR == "none")
+    column = cell_x * CELL_X + x
     for step in range(rows * columns * STEPS):
-        chunk_k, step_y, step_x = step % STEPS, step // STEPS // columns, step // STEPS % columns
-        cell_ky, cell_kx = first_y + step_y, first_x + step_x
-        ky, kx, _, present = token_tile(
-            mask, batch, chunk_k, cell_ky, cell_kx, height, width, CELL_Y, CELL_X, STEP
+        chunk_k, cell_ky, cell_kx = walk(step, first_y, first_x, columns, STEPS)
+        keys, values, seen = load_near(
+            k, v, k_strides, v_strides, mask, column, batch, head, chunk_k, cell_ky, cell_kx, height, width,
+            HEAD_DIM, BLOCK_D, STEP, CELL_Y, CELL_X, CAUSAL,
         )  # fmt: skip
-        keys = load_tokens(
-            k, k_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        values = load_tokens(
-            v, v_strides, batch, head, cell_ky, cell_kx, ky, kx, present, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        seen = present[None, :]
-        if CAUSAL:
-            seen = seen & (cell_kx * CELL_X + kx[None, :] <= cell_x * CELL_X + x[:, None])
-        products = tl.where(seen, products, float("-inf"))
+        products = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision=PRECISION), float("-inf"))
         top, total, sums = attend_to(products, factor, values, top, total, sums, PRECISION)
 
     result, score = finish(top, total, sums)
@@ -146,8 +133,7 @@ def coarse_forward(
 ):  # fmt: skip
     """Linear variant, all levels in one launch: the summary queries of one parent attend to their interaction lists."""
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    chunk, cell, batch_head = split_program(cells, CHUNKS)
-    batch, head = batch_head // heads, batch_head % heads
+    chunk, cell, batch, head = split_program(cells, heads, CHUNKS)
     level, start, extent_y, extent_x, cell_y, cell_x = locate_cell(
         cell, height, width, cell_size, CELL_Y, CELL_X, PARTS_Y, PARTS_X
     )  # fmt: skip
@@ -161,20 +147,12 @@ def coarse_forward(
     sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, True)
     for step in range(rows * columns * CHUNKS):
-        chunk_k, step_y, step_x = step % CHUNKS, step // CHUNKS // columns, step // CHUNKS % columns
-        ky, kx, present = lattice_tile(
-            chunk_k, first_y + step_y, first_x + step_x, extent_y, extent_x, CELL_Y, CELL_X, BLOCK
+        chunk_k, cell_ky, cell_kx = walk(step, first_y, first_x, columns, CHUNKS)
+        keys, values, addend = load_summaries(
+            k, v, bias, y, x, chunk_k, level, start, batch, head, cell_ky, cell_kx, extent_y, extent_x, height, width,
+            heads, entries, cell_size, HEAD_DIM, BLOCK_D, BLOCK, CELL_Y, CELL_X, PARTS_Y, PARTS_X, COUNT_BIAS,
         )  # fmt: skip
-        entry_k = batch * entries + start + ky * extent_x + kx
-        offsets = (entry_k * heads + head) * HEAD_DIM
-        keys = load_rows(k, offsets, present, HEAD_DIM, BLOCK_D)
-        values = load_rows(v, offsets, present, HEAD_DIM, BLOCK_D)
-        addend = log_counts(
-            bias, entry_k, ky, kx, present, level, height, width, cell_size, PARTS_Y, PARTS_X, COUNT_BIAS
-        )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
-        apart = are_apart(y[:, None], x[:, None], ky[None, :], kx[None, :], PARTS_Y, PARTS_X)
-        scores = tl.where(apart, scores, float("-inf"))
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend
         top, total, sums = attend_to(scores, 1.0, values, top, total, sums, PRECISION)
 
     result, score = finish(top, total, sums)
@@ -191,8 +169,7 @@ def merge_levels(
 ):  # fmt: skip
     """The far field of some summary queries of level 1: their own level's, their ancestors' one by one."""
     last_y, last_x = lattice_extents(1, height, width, cell_size, PARTS_Y, PARTS_X)
-    _, block, batch_head = split_program(tl.cdiv(last_y * last_x, BLOCK), 1)
-    batch, head = batch_head // heads, batch_head % heads
+    _, block, batch, head = split_program(tl.cdiv(last_y * last_x, BLOCK), heads, 1)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     exists = entry < last_y * last_x
     y, x = entry // last_x, entry % last_x

@@ -27,10 +27,11 @@ SIZES = ("height", "width", "heads", "levels", "entries", "cells", "slots", "cel
 
 
 @triton.jit
-def split_program(cells, CHUNKS: tl.constexpr):
-    """`(chunk, cell, batch * heads + head)` of a program: the chunks of a cell follow one another, then the cells."""
+def split_program(cells, heads, CHUNKS: tl.constexpr):
+    """`(chunk, cell, batch, head)` of a program: the chunks of a cell follow one another, then cells, heads, batch."""
     program = tl.program_id(0)
-    return program % CHUNKS, program // CHUNKS % cells, (program // CHUNKS // cells).to(tl.int64)
+    batch_head = (program // CHUNKS // cells).to(tl.int64)
+    return program % CHUNKS, program // CHUNKS % cells, batch_head // heads, batch_head % heads
 
 
 @triton.jit
@@ -48,6 +49,12 @@ def window(cell_y, cell_x, cells_y, cells_x, BEFORE: tl.constexpr, AFTER: tl.con
     if not AFTER:
         last_x = cell_x
     return first_y, first_x, last_y - first_y + 1, last_x - first_x + 1
+
+
+@triton.jit
+def walk(step, first_y, first_x, columns, TILES: tl.constexpr):
+    """A step of the way through a window, `TILES` steps a cell: `(tile, cell_y, cell_x)`."""
+    return step % TILES, first_y + step // TILES // columns, first_x + step // TILES % columns
 
 
 @triton.jit
@@ -113,9 +120,53 @@ def load_tokens(
 
 
 @triton.jit
-def by_cell(batch_head, cell, chunk, cells, PAD: tl.constexpr, BLOCK: tl.constexpr):
+def own_cell(height, width, heads, CELL_Y: tl.constexpr, CELL_X: tl.constexpr, CHUNKS: tl.constexpr):
+    """The base cell of a program: `(chunk, batch, head, cell_y, cell_x, cells_y, cells_x)`."""
+    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
+    chunk, cell, batch, head = split_program(cells_y * cells_x, heads, CHUNKS)
+    return chunk, batch, head, cell // cells_x, cell % cells_x, cells_y, cells_x
+
+
+@triton.jit
+def by_cell(batch, head, cell, chunk, heads, cells, PAD: tl.constexpr, BLOCK: tl.constexpr):
     """Offsets of a tile in an array by cell."""
-    return (batch_head * cells + cell) * PAD + chunk * BLOCK + tl.arange(0, BLOCK)
+    return ((batch * heads + head) * cells + cell) * PAD + chunk * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_near(
+    k, v, k_strides, v_strides, mask, column, batch, head, chunk, cell_y, cell_x, height, width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CELL_Y: tl.constexpr, CELL_X: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a tile, and which of them queries in a `column` of the grid see: `[queries | 1, BLOCK]`."""
+    y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+    keys = load_tokens(k, k_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D)
+    values = load_tokens(v, v_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D)
+    seen = exists[None, :]
+    if CAUSAL:
+        seen = seen & (cell_x * CELL_X + x[None, :] <= column[:, None])
+    return keys, values, seen
+
+
+@triton.jit
+def load_asking(
+    q, q_strides, mask, d_out, lse, delta, batch, head, chunk, cell_y, cell_x, height, width, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, CELL_Y: tl.constexpr,
+    CELL_X: tl.constexpr,
+):  # fmt: skip
+    """Queries of a tile and what their gradient takes: `(queries, d_out, lse, delta, column)`, lse and delta by cell.
+
+    The lse of a query that does not exist makes its weights 0.
+    """
+    y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+    queries = load_tokens(q, q_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D)
+    token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
+    first_channel = (token * heads + head) * HEAD_DIM
+    d_rows = load_rows(d_out + first_channel, (y * width + x) * heads * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
+    cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
+    place = by_cell(batch, head, cell_y * cells_x + cell_x, chunk, heads, cells_y * cells_x, PAD, BLOCK)
+    return queries, d_rows, tl.load(lse + place), tl.load(delta + place), cell_x * CELL_X + x
 
 
 @triton.jit
@@ -241,11 +292,17 @@ def interaction_list(
 
 @triton.jit
 def load_columns(
-    far_k, far_v, bias, number, level, start, batch, head, cell_y, cell_x, height, width, heads, entries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CELL_SIZE: tl.constexpr, PARTS_Y: tl.constexpr,
-    PARTS_X: tl.constexpr, NDIM: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr,
+    far_k, far_v, bias, step, start, batch, head, cell_y, cell_x, height, width, heads, entries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, CELL_SIZE: tl.constexpr,
+    PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and score addends of some `number`s of a base cell's interaction list at a level."""
+    """A step of the way through a base cell's interaction lists of all levels, `TILES` steps a level.
+
+    Returns:
+        `(keys, values, addend, start)`: some summary tokens, what is added to their scores, and the first entry of the
+        next step's level, given that of this one.
+    """
+    level, number = 1 + step // TILES, step % TILES * BLOCK + tl.arange(0, BLOCK)
     extent_y, extent_x = lattice_extents(level, height, width, CELL_SIZE, PARTS_Y, PARTS_X)
     own_y, own_x = cell_y >> (level - 1), cell_x >> (level - 1)
     y, x, exists = interaction_list(number, own_y, own_x, extent_y, extent_x, PARTS_Y, PARTS_X, NDIM, CAUSAL)
@@ -260,4 +317,28 @@ def load_columns(
     if bias is not None:
         bias += first
     addend = log_counts(bias, entry, y, x, exists, level, height, width, CELL_SIZE, PARTS_Y, PARTS_X, COUNT_BIAS)
-    return keys, values, addend
+    start += tl.where(step % TILES == TILES - 1, extent_y * extent_x, 0)
+    return keys, values, addend, start
+
+
+@triton.jit
+def load_summaries(
+    k, v, bias, y, x, chunk, level, start, batch, head, cell_y, cell_x, extent_y, extent_x, height, width, heads,
+    entries, cell_size,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CELL_Y: tl.constexpr, CELL_X: tl.constexpr,
+    PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, COUNT_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a tile of a parent, and what is added to the scores of the summary queries at `(y, x)`.
+
+    The addends are `[queries, BLOCK]`, -inf for what is absent or lies in a neighbour of the query's cell.
+    """
+    key_y, key_x, exists = lattice_tile(chunk, cell_y, cell_x, extent_y, extent_x, CELL_Y, CELL_X, BLOCK)
+    entry = batch * entries + start + key_y * extent_x + key_x
+    offsets = (entry * heads + head) * HEAD_DIM
+    keys = load_rows(k, offsets, exists, HEAD_DIM, BLOCK_D)
+    values = load_rows(v, offsets, exists, HEAD_DIM, BLOCK_D)
+    addend = log_counts(
+        bias, entry, key_y, key_x, exists, level, height, width, cell_size, PARTS_Y, PARTS_X, COUNT_BIAS
+    )  # fmt: skip
+    apart = are_apart(y[:, None], x[:, None], key_y[None, :], key_x[None, :], PARTS_Y, PARTS_X)
+    return keys, values, tl.where(apart, addend[None, :], float("-inf"))
