@@ -81,7 +81,7 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     done = [row for row in rows if row.is_finished]
     if not done:
         raise InputError(f"no row is finished in {folder}")
-    costs = step_costs(args, done)
+    costs = step_costs(args, folder, done)
     origin = (args.device, args.threads)
     found = [comparison.csv_row(row, *cost, *origin) for row, cost in zip(done, costs, strict=True)]
     curves = [line for row in done for line in row.curve]
@@ -100,9 +100,9 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     return 1 if failed else 0
 
 
-def step_costs(args: argparse.Namespace, rows: list[comparison.Row]) -> list[tuple[str, str]]:
+def step_costs(args: argparse.Namespace, folder: Path, rows: list[comparison.Row]) -> list[tuple[str, str]]:
     """Median ms and peak MiB of a training step of each row, measured in a process of its own."""
-    results, costs = Results(args.results / f"text_{args.comparison}_steps.csv"), []
+    results, costs = Results(folder / "steps.csv"), []
     for row in rows:
         recipe = row.recipe
         tasks = text_benchmark.tasks(
@@ -124,7 +124,8 @@ def step_costs(args: argparse.Namespace, rows: list[comparison.Row]) -> list[tup
 def skeleton(recipe: TextRecipe) -> dict:
     """The recipe's model for `text_benchmark.tasks`."""
     heads = recipe.num_heads
-    return dict(heads=heads, head_dim=recipe.dim // heads, depth=recipe.depth, cell_size=recipe.cell_size)
+    shape = dict(heads=heads, head_dim=recipe.dim // heads, depth=recipe.depth, cell_size=recipe.cell_size)
+    return shape | dict(options={key: getattr(recipe, key) for key in ("position", "conv_reach", "count_bias")})
 
 
 def score_table(rows: list[dict]) -> str:
