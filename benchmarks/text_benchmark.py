@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fma2d.text import CausalLM
 
-from .harness import GateError, Task, Work, text_table
+from .harness import Task, Work, check_results, text_table
 from .records import total_mib
 
 MODES = ("forward", "forward+backward")
@@ -86,8 +86,7 @@ def build(
         return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
 
     def check(results: list[Tensor]) -> None:
-        if results[0].shape != (batch, width, VOCABULARY) or not all(x.isfinite().all() for x in results):
-            raise GateError("a result has another shape than it should, or values that are not finite")
+        check_results(results, (batch, width, VOCABULARY))
 
     def facts() -> dict:
         return dict(tokens=batch * width, params=sum(p.numel() for p in model.parameters()))
