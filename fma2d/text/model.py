@@ -119,10 +119,11 @@ class TextModel(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """GPT-2's start values: what is added to the residual stream shrinks with the number of such additions."""
+        """GPT-2's start values at any width; what is added to the residual stream shrinks with the number of additions."""
+        std = 0.02 * sqrt(768 / self.dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
