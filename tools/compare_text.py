@@ -25,7 +25,7 @@ from tools.training.recipe import make_recipe, read_values
 
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-UPDATES = dict(table=1800, sweep=240)
+UPDATES = dict(table=1800, sweep=480)
 VALIDATIONS = dict(table=15, sweep=4)
 
 
