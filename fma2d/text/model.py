@@ -119,7 +119,7 @@ class TextModel(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """GPT-2's start values, at any width (0.02 at 768); what is added to the residual stream shrinks with the depth."""
+        """GPT-2's start values, 0.02 at 768 channels; what is added to the residual stream shrinks with the depth."""
         std = 0.02 * sqrt(768 / self.dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
