@@ -25,8 +25,8 @@ from tools.training.recipe import make_recipe, read_values
 
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-UPDATES = dict(table=1800, sweep=480)
-VALIDATIONS = dict(table=15, sweep=4)
+UPDATES = dict(table=1800, sweep=720)
+VALIDATIONS = dict(table=15, sweep=6)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
