@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,12 @@ class Work:
     check: Callable[[object], None]
     warm_up: Callable[[], object] = lambda: None
     facts: Callable[[], dict] = dict
+
+
+def check_results(results: Sequence, shape: tuple[int, ...]) -> None:
+    """Raise GateError unless the first of these tensors has the shape, and all values of all are finite."""
+    if results[0].shape != shape or not all(x.isfinite().all() for x in results):
+        raise GateError("a result has another shape than it should, or values that are not finite")
 
 
 @dataclass(frozen=True)

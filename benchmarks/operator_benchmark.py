@@ -10,7 +10,7 @@ from fma2d import multipole_attention, num_levels, start_kernels
 from fma2d.geometry import count_pairs
 
 from . import peers as others
-from .harness import GateError, Task, Work, text_table
+from .harness import GateError, Task, Work, check_results, text_table
 
 # And "backward", which says nothing new where both are measured one by one.
 MODES = ("forward", "forward+backward")
@@ -105,8 +105,7 @@ def build(
         return step
 
     def check(results: list[Tensor]) -> None:
-        if results[0].shape != (batch, heads, height, width, head_dim) or not all(x.isfinite().all() for x in results):
-            raise GateError("a result has another shape than it should, or values that are not finite")
+        check_results(results, (batch, heads, height, width, head_dim))
 
     def facts() -> dict:
         grid = (height, width)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fma2d.text import CausalLM
 
-from .harness import GateError, Task, Work, text_table
+from .harness import Task, Work, check_results, text_table
 from .records import total_mib
 
 MODES = ("forward", "forward+backward")
@@ -27,12 +27,14 @@ def tasks(
     depth: int = 3,
     cell_size: int = 8,
     mlp_ratios: Sequence[float] | None = None,
+    options: dict | None = None,
     **setting,
 ) -> list[Task]:
     """Tasks for each length, mode, and pair of attention and rank; `setting`: of `Task`.
 
     Args:
         mlp_ratios: one for each pair (4 everywhere).
+        options: others of the model.
     """
     found = []
     for length in sorted(lengths):
@@ -45,7 +47,7 @@ def tasks(
                 if name != "full":
                     subject |= dict(cell_size=cell_size)
                 cost = length**2 if name == "full" else length * length.bit_length()
-                extra = dict(depth=depth, mlp_ratio=ratio)
+                extra = dict(depth=depth, options=dict(options or {}, mlp_ratio=ratio))
                 found.append(Task(f"{__name__}:build", subject, cost, extra=extra, **setting))
     return found
 
@@ -63,14 +65,14 @@ def build(
     device,
     dtype,
     depth,
-    mlp_ratio,
+    options,
     variant="",
     cell_size=8,
     rank=1,
 ) -> Work:
     """The work of a row: a causal model of bytes, its kernels learned for `width` tokens."""
     torch.manual_seed(0)
-    options = dict(attention=name, cell_size=cell_size, rank=rank, context=width, mlp_ratio=mlp_ratio)
+    options = dict(attention=name, cell_size=cell_size, rank=rank, context=width) | options
     model = CausalLM(VOCABULARY, heads * head_dim, depth, heads, **options).to(device, getattr(torch, dtype))
     ids = torch.randint(0, VOCABULARY, (batch, width + 1), device=device)
 
@@ -84,8 +86,7 @@ def build(
         return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
 
     def check(results: list[Tensor]) -> None:
-        if results[0].shape != (batch, width, VOCABULARY) or not all(x.isfinite().all() for x in results):
-            raise GateError("a result has another shape than it should, or values that are not finite")
+        check_results(results, (batch, width, VOCABULARY))
 
     def facts() -> dict:
         return dict(tokens=batch * width, params=sum(p.numel() for p in model.parameters()))

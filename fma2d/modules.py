@@ -263,6 +263,7 @@ class FMA1d(_FMA):
 
     Args:
         causal: a token attends to nothing on its right (variant "loglinear" only).
+        count_bias: whether a summary token counts for as many as it stands for, see `multipole_attention`.
         share_heads: one set of kernels for all heads (the paper's choice in 1D).
     """
 
@@ -280,6 +281,7 @@ class FMA1d(_FMA):
         variant: str = "loglinear",
         aggregation: str = "learned",
         share_heads: bool = True,
+        count_bias: bool = True,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
@@ -302,6 +304,10 @@ class FMA1d(_FMA):
             device,
             dtype,
         )
+        self.count_bias = count_bias
+
+    def call_options(self) -> dict:
+        return super().call_options() | dict(count_bias=self.count_bias)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """`[B, N, dim]` to the same; `key_mask` bool, broadcastable to `[B, N]`, True where a token exists.

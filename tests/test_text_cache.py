@@ -57,10 +57,11 @@ def test_prefill_and_decoding_equal_the_whole_at_every_position(
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary"])
 @pytest.mark.parametrize("attention", ["fma", "mean", "local", "full"])
 def test_models_decode_what_they_compute(attention, position):
-    """Every kind of attention, through several layers, whose cache is shared in part."""
-    model = CausalLM(
-        11, 8, 3, 2, attention=attention, position=position, cell_size=3, rank=3, context=24, share_heads=False
-    )
+    """Every kind of attention, through several layers, whose cache is shared in part; with a convolution or not."""
+    options = dict(attention=attention, position=position, cell_size=3, rank=3, context=24, share_heads=False)
+    if position == "rotary":
+        options |= dict(conv_reach=3, count_bias=False)
+    model = CausalLM(11, 8, 3, 2, **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     model.double()
@@ -75,7 +76,7 @@ def test_models_decode_what_they_compute(attention, position):
 @pytest.mark.parametrize("attention", ["fma", "local", "full"])
 def test_more_tokens_at_once_may_follow_with_padding(attention):
     """A second prompt, of another length in each row, goes on where the first ended."""
-    model = CausalLM(11, 8, 2, 2, attention=attention, cell_size=2, rank=1, context=8).double()
+    model = CausalLM(11, 8, 2, 2, attention=attention, cell_size=2, rank=1, context=8, conv_reach=4).double()
     ids, first, second = torch.randint(11, (3, 40)), torch.tensor([20, 9, 2]), torch.tensor([3, 20, 0])
     whole, cache = model(ids), model.new_cache()
     model(ids[:, :20], torch.arange(20) < first[:, None], cache)
@@ -142,6 +143,11 @@ def test_caches_that_cannot_be_are_refused():
         MultipoleCache.of(FMA1d(8, 2, 4, 2, levels=1))
     with pytest.raises(ValueError, match="divides cell_size 4"):
         MultipoleCache.of(FMA1d(8, 2, 4, 3, levels=0, causal=True, aggregation="mean"))
+    model = CausalLM(11, 8, 1, 2)
+    caches = model.new_cache()
+    model(torch.randint(11, (2, 5)), cache=caches)
+    with pytest.raises(ValueError, match="2 rows, got 3"):
+        model(torch.randint(11, (3, 1)), cache=caches)
     with pytest.raises(TypeError):
         FMA2d(8, 2, levels=1)(torch.randn(1, 3, 3, 8), cache=MultipoleCache(4))
     with pytest.raises(TypeError):

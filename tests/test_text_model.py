@@ -80,7 +80,7 @@ def test_appending_tokens_changes_nothing_at_every_length(cell_size, rank, conte
 def test_later_tokens_change_nothing_before_them(data, tokens, cell_size, context):
     """By perturbation, not by a bit."""
     rank = data.draw(st.sampled_from([p for p in range(1, cell_size + 1) if cell_size % p == 0]))
-    model = make(cell_size=cell_size, rank=rank, context=context)
+    model = make(cell_size=cell_size, rank=rank, context=context, conv_reach=tokens % 3)
     ids, cut = random_ids(1, tokens), data.draw(st.integers(0, tokens))
     changed = torch.cat((ids[:, :cut], random_ids(1, tokens - cut)), 1)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_later_tokens_change_nothing_before_them(data, tokens, cell_size, contex
     ],
 )
 def test_padding_changes_nothing_whatever_it_holds(cls, attention):
-    model, lengths = make(cls, attention, depth=2), [50, 23, 1, 0]
+    model, lengths = make(cls, attention, depth=2, conv_reach=2), [50, 23, 1, 0]
     mask = torch.arange(50) < torch.tensor(lengths)[:, None]
     ids = random_ids(4, 50)
     out = model(ids.masked_fill(~mask, -100), mask)
@@ -112,6 +112,17 @@ def test_padding_changes_nothing_whatever_it_holds(cls, attention):
     else:
         out[mask].square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("cls, before, after", [(CausalLM, 2, 0), (MaskedLM, 2, 2)])
+def test_the_convolution_reaches_neighbours_and_nothing_else(cls, before, after):
+    """The place of each weight, by a plain loop."""
+    layer, x = make(cls, conv_reach=2).convolution, torch.randn(1, 7, 8, dtype=torch.float64)
+    expected = x.clone()
+    for token in range(7):
+        for place in range(max(0, token - before), min(7, token + after + 1)):
+            expected[0, token] += layer.conv.weight[:, 0, place - token + before] * x[0, place]
+    assert torch.allclose(layer(x), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -178,6 +189,7 @@ def test_a_few_steps_learn_a_periodic_text(attention):
         (dict(context=0), ValueError, "context"),
         (dict(depth=2.0), TypeError, "depth"),
         (dict(position="learned"), ValueError, "position"),
+        (dict(conv_reach=-1), ValueError, "conv_reach"),
         (dict(position="rotary", dim=6), ValueError, "rotary"),
         (dict(dropout=1.0), ValueError, "dropout"),
         (dict(window=3), TypeError, "window"),
@@ -212,7 +224,15 @@ def test_wrong_ids_and_masks_are_named():
 
 @pytest.mark.parametrize("cls", [CausalLM, MaskedLM, SequenceClassifier])
 def test_files_hold_the_whole_model(tmp_path, cls):
-    model = make(cls, "mean" if cls is MaskedLM else "fma", position="rotary", share_heads=False, depth=2).float()
+    model = make(
+        cls,
+        "mean" if cls is MaskedLM else "fma",
+        position="rotary",
+        conv_reach=1,
+        count_bias=False,
+        share_heads=False,
+        depth=2,
+    ).float()
     save_model(tmp_path / "model.safetensors", model, tokens="bytes", steps=3)
     loaded = load_model(tmp_path / "model.safetensors")
     assert type(loaded) is cls and loaded.options == model.options and not loaded.training

@@ -398,8 +398,8 @@ def test_rows_are_trained_once(text_file, tmp_path, monkeypatch, capsys, which, 
     sweep_rows = comparison.sweep_rows
     monkeypatch.setattr(comparison, "sweep_rows", lambda base, folder: sweep_rows(base, folder, (2, 4), (2, 4)))
     monkeypatch.setattr(comparison, "_train", in_this_process)
-    monkeypatch.setattr(compare_text, "VALIDATIONS", 3)
-    monkeypatch.setattr(compare_text, "step_costs", lambda args, rows: [("1.5", "20")] * len(rows))
+    monkeypatch.setattr(compare_text, "VALIDATIONS", dict(table=3, sweep=3))
+    monkeypatch.setattr(compare_text, "step_costs", lambda args, folder, rows: [("1.5", "20")] * len(rows))
     words = [which, "--recipe", tmp_path / "base.yaml", "--data", text_file, "--updates", 6]
     words += ["--output", tmp_path / "out", "--results", tmp_path / "results", "--figures", tmp_path / "figures"]
     (tmp_path / "base.yaml").write_text(recipe.read_text())

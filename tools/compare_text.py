@@ -25,8 +25,8 @@ from tools.training.recipe import make_recipe, read_values
 
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-UPDATES = dict(table=1500, sweep=750)
-VALIDATIONS = 15
+UPDATES = dict(table=1800, sweep=720)
+VALIDATIONS = dict(table=15, sweep=6)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,7 +42,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     which = parser.add_subparsers(dest="comparison", metavar="table|sweep|runtime", required=True)
     for name, updates in UPDATES.items():
         add = which.add_parser(name, parents=[common], help=f"train the rows of the {name}").add_argument
-        add("--updates", type=int, default=updates, help=f"of each training, a multiple of {VALIDATIONS} ({updates})")
+        add(
+            "--updates",
+            type=int,
+            default=updates,
+            help=f"of each training, a multiple of {VALIDATIONS[name]} ({updates})",
+        )
         add("--workers", type=int, default=1, help="trainings at a time (1; on an idle machine, one a processor)")
         add("--data", type=Path, metavar="FILE", help="train on this file's bytes instead of the recipe's text")
         add("--report", action="store_true", help="train nothing: write what is finished")
@@ -54,8 +59,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repeat", type=float, default=2, help="seconds to repeat a call; a longer one is made once (2)")
     add("--fresh", action="store_true", help="measure what the file holds already, too")
     args = parser.parse_args(argv)
-    if args.comparison != "runtime" and (args.updates < VALIDATIONS or args.updates % VALIDATIONS or args.workers < 1):
-        parser.error(f"--updates must be a multiple of {VALIDATIONS}, --workers at least 1")
+    if args.comparison != "runtime":
+        validations = VALIDATIONS[args.comparison]
+        if args.updates < validations or args.updates % validations or args.workers < 1:
+            parser.error(f"--updates must be a multiple of {validations}, --workers at least 1")
     return args
 
 
@@ -73,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     """The table, or the sweep: train what is missing, write and print."""
     name = args.comparison
-    epochs = dict(epochs=VALIDATIONS, updates_per_epoch=args.updates // VALIDATIONS)
+    epochs = dict(epochs=VALIDATIONS[name], updates_per_epoch=args.updates // VALIDATIONS[name])
     base = dataclasses.replace(base, seed=args.seed, source="bytes" if args.data else base.source, **epochs)
     folder = args.output / f"{name}-{args.updates}-seed{args.seed}"
     rows = (comparison.attention_rows if name == "table" else comparison.sweep_rows)(base, folder)
@@ -81,7 +88,7 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     done = [row for row in rows if row.is_finished]
     if not done:
         raise InputError(f"no row is finished in {folder}")
-    costs = step_costs(args, done)
+    costs = step_costs(args, folder, done)
     origin = (args.device, args.threads)
     found = [comparison.csv_row(row, *cost, *origin) for row, cost in zip(done, costs, strict=True)]
     curves = [line for row in done for line in row.curve]
@@ -100,9 +107,9 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     return 1 if failed else 0
 
 
-def step_costs(args: argparse.Namespace, rows: list[comparison.Row]) -> list[tuple[str, str]]:
+def step_costs(args: argparse.Namespace, folder: Path, rows: list[comparison.Row]) -> list[tuple[str, str]]:
     """Median ms and peak MiB of a training step of each row, measured in a process of its own."""
-    results, costs = Results(args.results / f"text_{args.comparison}_steps.csv"), []
+    results, costs = Results(folder / "steps.csv"), []
     for row in rows:
         recipe = row.recipe
         tasks = text_benchmark.tasks(
@@ -115,7 +122,7 @@ def step_costs(args: argparse.Namespace, rows: list[comparison.Row]) -> list[tup
             device=args.device,
             threads=args.threads,
         )
-        [found] = run(tasks, results, Limits(repeat_seconds=2.0))
+        [found] = run(tasks, results, Limits(repeat_seconds=1.0))
         memory = f"{total_mib(found):.0f}" if found["peak_mib"] else ""
         costs.append((found["median_ms"], memory))
     return costs
@@ -124,7 +131,8 @@ def step_costs(args: argparse.Namespace, rows: list[comparison.Row]) -> list[tup
 def skeleton(recipe: TextRecipe) -> dict:
     """The recipe's model for `text_benchmark.tasks`."""
     heads = recipe.num_heads
-    return dict(heads=heads, head_dim=recipe.dim // heads, depth=recipe.depth, cell_size=recipe.cell_size)
+    shape = dict(heads=heads, head_dim=recipe.dim // heads, depth=recipe.depth, cell_size=recipe.cell_size)
+    return shape | dict(options={key: getattr(recipe, key) for key in ("position", "conv_reach", "count_bias")})
 
 
 def score_table(rows: list[dict]) -> str:

@@ -10,13 +10,10 @@ last whole epoch and ends with the same weights as an unbroken run.
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
 
 from tools.training import InputError
 from tools.training.data import (
@@ -35,8 +32,8 @@ from tools.training.engine import Training, evaluate
 from tools.training.folder import RunFolder
 from tools.training.log import Progress, duration
 from tools.training.model import data_config, recipe_model
-from tools.training.program import RankError, dashes, guarded, start_processes
-from tools.training.recipe import add_recipe_arguments, recipe_from_arguments
+from tools.training.program import RankError, go_on, guarded, make_parser, parsed, start_processes
+from tools.training.recipe import Recipe, recipe_from_arguments
 from tools.training.seeding import WEIGHTS, seed_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,29 +41,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s RECIPE.yaml --data-dir ROOT [options] [--key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s RECIPE.yaml --data-dir ROOT [options] [--key value ...]"
+    parser = make_parser(usage, __doc__, "out/train/RECIPE", Recipe, "configs/digits/fma2d_nano.yaml")
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, metavar="ROOT", help="the images")
-    add("--output", type=Path, metavar="DIR", help="folder of the run (out/train/RECIPE)")
-    add("--resume", action="store_true", help="go on where the run in the output folder stopped, if there is one")
     add("--check-data", action="store_true", help="read every image once, name those that are broken, and stop")
-    add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
     add("--workers", type=int, default=WORKERS, metavar="N", help=f"image readers for each GPU; 0: none ({WORKERS})")
-    add("--grad-accum", type=int, default=1, metavar="N", help="steps to an update, to save memory (1)")
     add("--grad-checkpointing", action="store_true", help="compute activations twice, to save memory")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--deterministic", action="store_true", help="on a GPU too: the same weights from the same command, slower")
-    add("--no-tensorboard", action="store_true", help="write log.csv only")
-    add("--progress", type=float, default=10, metavar="SECONDS", help="between lines of progress (10)")
-    add_recipe_arguments(parser)
-    args = parser.parse_args([dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
-    if args.workers < 0 or args.grad_accum < 1:
-        parser.error("--workers must be at least 0 and --grad-accum at least 1")
+    args = parsed(parser, argv)
+    if args.workers < 0:
+        parser.error("--workers must be at least 0")
     return args
 
 
@@ -83,12 +67,7 @@ def run(args: argparse.Namespace) -> int:
         return check_data([path for path, _ in images.train + images.val], args.workers)
     folder = RunFolder(args.output or ROOT / "out" / "train" / args.recipe.stem, recipe, images)
     stored = folder.stored_state(args.resume)
-    processes = start_processes(args.device)
-    say = print if processes.is_first else lambda *_, **__: None
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
+    processes, say = start_processes(args.device, args.deterministic)
     seed_at(WEIGHTS, recipe.seed)
     # A run that goes on needs not what it started from.
     start = dataclasses.replace(recipe, init_from=None, init_head="keep") if stored else recipe
@@ -103,16 +82,7 @@ def run(args: argparse.Namespace) -> int:
     train_loader = make_loader(data, batches, args.workers, processes.device)
     data = ImageFolder(images.val, recipe.in_chans, eval_transform(config), recipe.seed)
     val_loader = make_loader(data, EvalBatches(len(data), batches.piece, *share), args.workers, processes.device)
-
-    if stored:
-        training.load_state_dict(stored)
-        say(f"resuming {folder.path} after epoch {training.epoch}")
-        if training.spread != stored["spread"]:
-            say(f"note: the work is shared by {training.spread}, was {stored['spread']}: the weights will be others")
-    elif args.resume:
-        say(f"no training state in {folder.path}: starting from the beginning")
-    if processes.is_first:
-        folder.open(training.epoch, not args.no_tensorboard)
+    go_on(training, stored, folder, args, say)
     describe(say, training, images, folder.path)
 
     while training.epoch < recipe.epochs:

@@ -11,14 +11,11 @@ command with --resume goes on after the last whole epoch and ends with the same 
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
 
 from tools.text.batches import EvalWindows, Texts, TrainWindows, WindowBatches
 from tools.text.corpus import Corpus, Labelled, read_corpus
@@ -28,8 +25,8 @@ from tools.text.recipe import TextRecipe, text_model
 from tools.training.data import EvalBatches, TrainBatches
 from tools.training.engine import Processes
 from tools.training.log import Progress, duration
-from tools.training.program import dashes, guarded, start_processes
-from tools.training.recipe import add_recipe_arguments, recipe_from_arguments
+from tools.training.program import go_on, guarded, make_parser, parsed, start_processes
+from tools.training.recipe import recipe_from_arguments
 from tools.training.seeding import WEIGHTS, seed_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,33 +34,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s RECIPE.yaml [--data PATH] [options] [--key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
+    usage = "%(prog)s RECIPE.yaml [--data PATH] [options] [--key value ...]"
+    parser = make_parser(usage, __doc__, "out/text/RECIPE", TextRecipe, "configs/text/embedded.yaml")
+    parser.add_argument(
         "--data",
         type=Path,
         metavar="PATH",
         help="for source bytes: a file; tokens: a file or a folder with train, val and test, each .npy or .bin; csv: a "
         "file or a folder with train.csv, val.csv and test.csv; a single file is split 90/5/5 percent",
     )
-    add("--output", type=Path, metavar="DIR", help="folder of the run (out/text/RECIPE)")
-    add("--resume", action="store_true", help="go on where the run in the output folder stopped, if there is one")
-    add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
-    add("--grad-accum", type=int, default=1, metavar="N", help="steps to an update, to save memory (1)")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--deterministic", action="store_true", help="on a GPU too: the same weights from the same command, slower")
-    add("--no-tensorboard", action="store_true", help="write log.csv only")
-    add("--progress", type=float, default=10, metavar="SECONDS", help="between lines of progress (10)")
-    add_recipe_arguments(parser, TextRecipe, "configs/text/embedded.yaml")
-    args = parser.parse_args([dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
-    if args.grad_accum < 1:
-        parser.error("--grad-accum must be at least 1")
-    return args
+    return parsed(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,26 +57,13 @@ def run(args: argparse.Namespace) -> int:
     corpus = read_corpus(recipe, args.data)
     folder = TextFolder(args.output or ROOT / "out" / "text" / args.recipe.stem, recipe, corpus)
     stored = folder.stored_state(args.resume)
-    processes = start_processes(args.device)
-    say = print if processes.is_first else lambda *_, **__: None
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
+    processes, say = start_processes(args.device, args.deterministic)
     seed_at(WEIGHTS, recipe.seed)
     model = text_model(recipe, len(corpus.classes) if recipe.task == "classify" else 0).to(processes.device)
     train, validation, test = make_batches(recipe, corpus, processes, args.grad_accum)
     updates = train.batches.updates
     training = TextTraining(recipe, model, processes, updates, args.grad_accum, args.compile)
-    if stored:
-        training.load_state_dict(stored)
-        say(f"resuming {folder.path} after epoch {training.epoch}")
-        if training.spread != stored["spread"]:
-            say(f"note: the work is shared by {training.spread}, was {stored['spread']}: the weights will be others")
-    elif args.resume:
-        say(f"no training state in {folder.path}: starting from the beginning")
-    if processes.is_first:
-        folder.open(training.epoch, not args.no_tensorboard)
+    go_on(training, stored, folder, args, say)
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f"{type(model).__name__}, attention {recipe.attention}: {count / 1e6:.2f} M parameters")
     say(corpus)

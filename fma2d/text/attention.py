@@ -26,6 +26,7 @@ def make_attention(
     context: int,
     share_heads: bool,
     rotary: bool,
+    count_bias: bool,
     dropout: float,
     backend: str,
 ) -> nn.Module:
@@ -56,6 +57,7 @@ def make_attention(
         variant="linear" if attention == "fma-linear" else "loglinear",
         aggregation="mean" if attention == "mean" else "learned",
         share_heads=share_heads,
+        count_bias=count_bias,
         backend=backend,
         **shared,
     )
@@ -89,6 +91,7 @@ class MultipoleAttention(FMA1d):
         variant: str,
         aggregation: str,
         share_heads: bool,
+        count_bias: bool,
         proj_drop: float,
         backend: str,
         rotary: bool,
@@ -103,6 +106,7 @@ class MultipoleAttention(FMA1d):
             variant=variant,
             aggregation=aggregation,
             share_heads=share_heads,
+            count_bias=count_bias,
             proj_drop=proj_drop,
             backend=backend,
         )

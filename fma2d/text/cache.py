@@ -121,12 +121,13 @@ class MultipoleCache(Cache):
         rank: summary tokens per coarse cell, a divisor of `cell_size`.
         kernels: densities as `FMA1d` holds them, `[levels, key | value, 1, rank, heads | 1, head_dim | 1, cell_size]`
             with at least one level; None for the near field alone.
+        count_bias: whether a summary token counts for as many as it stands for.
     """
 
-    def __init__(self, cell_size: int, rank: int = 1, kernels: Tensor | None = None):
+    def __init__(self, cell_size: int, rank: int = 1, kernels: Tensor | None = None, count_bias: bool = True):
         self.cell_size, self.rank = cell_size, rank
         self.levels = 0
-        self.planner = Planner(cell_size, rank, kernels is not None)
+        self.planner = Planner(cell_size, rank, kernels is not None, count_bias)
         # By level and bin: `[levels, bins, key | value, heads | 1, rank, head_dim | 1]`.
         self.kernels = None if kernels is None else kernels.detach()[:, :, 0].permute(0, 5, 1, 3, 2, 4)
 
@@ -145,7 +146,7 @@ class MultipoleCache(Cache):
         if kernels is None:
             axes = start_kernels(1, module.cell_size, module.rank, 1, 1, 1, device=module.qkv.weight.device)
             kernels = axes[0].mul(module.cell_size).expand(1, 2, 1, -1, -1, -1, -1)
-        return cls(module.cell_size, module.rank, kernels)
+        return cls(module.cell_size, module.rank, kernels, module.count_bias)
 
     def share_plan(self, other: MultipoleCache) -> None:
         """Plan each step once for both: for the cache of another layer that is given the same tokens."""
@@ -237,6 +238,7 @@ class Planner:
     cell_size: int
     rank: int
     far: bool
+    count_bias: bool
     _made: tuple[Tensor, int, torch.dtype, Plan] | None = field(default=None, compare=False)
 
     def plan(self, lengths: Tensor, levels: int, dtype: torch.dtype) -> Plan:
@@ -261,8 +263,9 @@ class Planner:
         first = (cell // 2 * 2 - 2)[..., None]  # of the children of the parent's left neighbour
         held = first + (torch.arange(4, device=device) - first) % 4
         attended = (first >= 0) & (held <= cell[..., None] - 2)
-        count = (side.to(dtype) / rank).log()[:, None].expand_as(attended)
-        bias = F.pad(count.flatten(1).repeat_interleave(rank, 1), (near, 0))
+        count = (side.to(dtype) / rank).log() if self.count_bias else torch.zeros_like(side, dtype=dtype)
+        bias = count[:, None].expand_as(attended)
+        bias = F.pad(bias.flatten(1).repeat_interleave(rank, 1), (near, 0))
         seen = torch.cat((seen, attended.flatten(1).repeat_interleave(rank, 1)), 1)
 
         slot = 3 * size + (4 * level + cell % 4)[..., None] * rank + torch.arange(rank, device=device)

@@ -12,10 +12,12 @@ from ..geometry import check_positive
 from .attention import make_attention
 from .cache import Cache, MultipoleCache
 from .checks import check_ids, check_prompt
+from .convolution import RecentTokens, TokenConvolution
 from .generation import check_sampling, decode, sample
 from .positions import sinusoids
 
 POSITIONS = ("sinusoidal", "rotary")
+Caches = list[Cache | RecentTokens]  # of the blocks in their order, and behind them of the convolution, if there is one
 
 
 class Block(nn.Module):
@@ -50,6 +52,10 @@ class TextModel(nn.Module):
         dropout: rate at the input and at the end of each attention layer and MLP.
         position: "sinusoidal" (added to the embedding, any length) or "rotary" (queries and keys are turned; a
             summary token then tells positions apart only where the turn's period is longer than the cell).
+        conv_reach: by how many tokens a convolution of the embeddings reaches back, and in bidirectional models ahead;
+            0 for none. See `TokenConvolution`.
+        count_bias: of the three FMA kinds, whether a summary token counts for as many as it stands for. Without, all
+            summary tokens start with equal weight, so that attention starts near and thins out with the distance.
         share_heads: one set of kernels for all heads.
         backend: of the FMA kinds, see `fma2d.multipole_attention`.
 
@@ -73,6 +79,8 @@ class TextModel(nn.Module):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         position: str = "sinusoidal",
+        conv_reach: int = 0,
+        count_bias: bool = True,
         share_heads: bool = True,
         backend: str = "auto",
     ):
@@ -87,16 +95,19 @@ class TextModel(nn.Module):
             raise ValueError(f"position must be one of {POSITIONS}, got {position!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        if not isinstance(conv_reach, int) or conv_reach < 0:
+            raise ValueError(f"conv_reach must be an integer of at least 0, got {conv_reach!r}")
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio must leave at least one hidden channel, got {mlp_ratio}")
         shared = dict(attention=attention, cell_size=cell_size, rank=rank, context=context, share_heads=share_heads)
-        shared |= dict(dropout=dropout, backend=backend)
+        shared |= dict(count_bias=count_bias, dropout=dropout, backend=backend)
         # All that makes another model like this one; kept in its files.
-        self.options = dict(sizes, **shared, mlp_ratio=mlp_ratio, position=position)
+        self.options = dict(sizes, **shared, mlp_ratio=mlp_ratio, position=position, conv_reach=conv_reach)
         # What its file says about it; see `save_model`.
         self.note: dict = {}
         self.vocab_size, self.dim, self.position = vocab_size, dim, position
         self.embed = nn.Embedding(vocab_size, dim)
+        self.convolution = TokenConvolution(dim, conv_reach, self.causal) if conv_reach else None
         self.dropout = nn.Dropout(dropout)
         layers = [
             make_attention(dim=dim, num_heads=num_heads, causal=self.causal, rotary=position == "rotary", **shared)
@@ -108,10 +119,11 @@ class TextModel(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """GPT-2's start values: what is added to the residual stream shrinks with the number of such additions."""
+        """GPT-2's start values, 0.02 at 768 channels; what is added to the residual stream shrinks with the depth."""
+        std = 0.02 * sqrt(768 / self.dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
@@ -123,16 +135,21 @@ class TextModel(nn.Module):
         """Names of the aggregation kernels, for timm's optimizers."""
         return {name for name, _ in self.named_parameters() if name.endswith(".kernels")}
 
-    def features(self, ids: Tensor, key_mask: Tensor | None = None, cache: list[Cache] | None = None) -> Tensor:
+    def features(self, ids: Tensor, key_mask: Tensor | None = None, cache: Caches | None = None) -> Tensor:
         """Features `[B, N, dim]` of ids `[B, N]`; what they hold in the place of an absent token means nothing."""
         check_ids(ids, key_mask, self.vocab_size)
+        before = None if cache is None else cache[0].lengths  # tokens that each row has seen
+        if before is not None and len(before) != len(ids):
+            raise ValueError(f"the cache is of {len(before)} rows, got {len(ids)}")
         if key_mask is not None:
             ids = ids.masked_fill(~key_mask, 0)
         x = self.embed(ids) * sqrt(self.dim)  # so that tied embeddings, which are small, count beside the positions
+        if self.convolution is not None:
+            x = self.convolution(x, key_mask, None if cache is None else cache[-1])
         if self.position == "sinusoidal":
             positions = torch.arange(ids.shape[1], device=ids.device)
-            if cache is not None and cache[0].lengths is not None:
-                positions = positions + cache[0].lengths[:, None]
+            if before is not None:
+                positions = positions + before[:, None]
             x = x + sinusoids(positions, self.dim).to(x.dtype)
         x = self.dropout(x)
         if self.causal and cache is None:
@@ -147,7 +164,7 @@ class CausalLM(TextModel):
 
     causal = True
 
-    def forward(self, ids: Tensor, key_mask: Tensor | None = None, cache: list[Cache] | None = None) -> Tensor:
+    def forward(self, ids: Tensor, key_mask: Tensor | None = None, cache: Caches | None = None) -> Tensor:
         """Logits `[B, N, vocab_size]` of the token after each.
 
         Args:
@@ -164,13 +181,13 @@ class CausalLM(TextModel):
     def logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.embed.weight)
 
-    def new_cache(self) -> list[Cache]:
-        """An empty cache for each layer: to be filled by `forward`, for any number of rows, with the weights as now."""
+    def new_cache(self) -> Caches:
+        """Empty caches of the layers: to be filled by `forward`, for any number of rows, with the weights as now."""
         caches = [block.attention.new_cache() for block in self.blocks]
         multipole = [cache for cache in caches if isinstance(cache, MultipoleCache)]
         for cache in multipole[1:]:
             cache.share_plan(multipole[0])
-        return caches
+        return caches if self.convolution is None else [*caches, self.convolution.new_cache()]
 
     def stream(
         self,

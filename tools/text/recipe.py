@@ -12,7 +12,10 @@ from ..training.recipe import CommonRecipe
 
 BYTES = 256
 LONG_RANGE = ("fma", "fma-linear", "mean")
-MODEL_KEYS = ("attention", "cell_size", "rank", "context", "mlp_ratio", "dropout", "position", "share_heads")
+MODEL_KEYS = (
+    *("attention", "cell_size", "rank", "context", "mlp_ratio", "dropout", "position", "conv_reach", "count_bias"),
+    "share_heads",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class TextRecipe(CommonRecipe):
     mlp_ratio: Annotated[float, "channels inside the MLP, in dims"] = 4.0
     dropout: Annotated[float, "dropout"] = 0.0
     position: Annotated[str, "sinusoidal or rotary"] = "sinusoidal"
+    conv_reach: Annotated[int, "tokens that a convolution of the embeddings reaches back (0: none)"] = 0
+    count_bias: Annotated[bool, "whether a summary token counts for as many as it stands for"] = True
     share_heads: Annotated[bool, "one set of aggregation kernels for all heads"] = True
 
     updates_per_epoch: Annotated[

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from timm.utils import init_distributed_device
 
 from . import InputError
-from .engine import Processes
+from .engine import Processes, Training
+from .folder import RunFolder
+from .recipe import CommonRecipe, add_recipe_arguments
 
 
 class RankError(InputError):
@@ -22,6 +25,39 @@ def dashes(word: str) -> str:
     """An option as the parser knows it: keys may be written as in the recipe, with underscores."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def make_parser(
+    usage: str, description: str, output: str, kind: type[CommonRecipe], example: str
+) -> argparse.ArgumentParser:
+    """A parser of the options that every training has, the keys of its recipe among them.
+
+    Args:
+        output: the folder that --output is by default, in words.
+        kind, example: of the recipe.
+    """
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--output", type=Path, metavar="DIR", help=f"folder of the run ({output})")
+    add("--resume", action="store_true", help="go on where the run in the output folder stopped, if there is one")
+    add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
+    add("--grad-accum", type=int, default=1, metavar="N", help="steps to an update, to save memory (1)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--deterministic", action="store_true", help="on a GPU too: the same weights from the same command, slower")
+    add("--no-tensorboard", action="store_true", help="write log.csv only")
+    add("--progress", type=float, default=10, metavar="SECONDS", help="between lines of progress (10)")
+    add_recipe_arguments(parser, kind, example)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line; keys may be written with dashes or underscores."""
+    args = parser.parse_args([dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
+    if args.grad_accum < 1:
+        parser.error("--grad-accum must be at least 1")
+    return args
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -42,8 +78,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
             dist.destroy_process_group()
 
 
-def start_processes(device: str | None) -> Processes:
-    """Join the other processes of torchrun, if there are any."""
+def start_processes(device: str | None, deterministic: bool) -> tuple[Processes, Callable[..., None]]:
+    """Join the other processes of torchrun, if there are any; and a `print` that is silent in all but the first."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: there is no CUDA device here")
@@ -52,4 +88,21 @@ def start_processes(device: str | None) -> Processes:
         device = init_distributed_device(found)
     except RuntimeError as error:
         raise InputError(f"--device {device}: {error}") from None
-    return Processes(device, found.rank, found.world_size, found.local_rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    processes = Processes(device, found.rank, found.world_size, found.local_rank)
+    return processes, print if processes.is_first else lambda *_, **__: None
+
+
+def go_on(training: Training, stored: dict | None, folder: RunFolder, args: argparse.Namespace, say: Callable) -> None:
+    """Bring a training to where its run stopped, if there is a stored state, and open the folder."""
+    if stored:
+        training.load_state_dict(stored)
+        say(f"resuming {folder.path} after epoch {training.epoch}")
+        if training.spread != stored["spread"]:
+            say(f"note: the work is shared by {training.spread}, was {stored['spread']}: the weights will be others")
+    elif args.resume:
+        say(f"no training state in {folder.path}: starting from the beginning")
+    if training.processes.is_first:
+        folder.open(training.epoch, not args.no_tensorboard)
