@@ -73,21 +73,27 @@ def test_only_a_far_field_sees_the_other_digit(variant):
         assert (seen == 0) == (variant in ("near", "window"))
 
 
-def test_dashed_paths_join_the_marked_points_where_the_label_says_so():
+def test_dashed_paths_join_the_marked_point_where_the_labels_say_so():
     """By connected components of the same drawing without gaps."""
-    for joined in (True, False) * 6:
-        seed = [7, joined]
-        (image, solid), (again, _) = (paths.draw_one(np.random.default_rng(seed), joined, 64) for _ in range(2))
-        assert (image == again).all()
+    for seed in range(8):
+        images, labels = paths.draw(np.random.default_rng(seed), 1, 64, tasks.STRIDE, tasks.IGNORE)
+        pair = paths.two_paths(np.random.default_rng(seed), 64)
+        solid = paths.drawing(np.random.default_rng(0), pair, 64, gaps=False)
         regions, count = ndimage.label(solid, np.ones((3, 3)))
-        marks = ndimage.binary_opening(solid > 0, np.ones((4, 4)))
-        ends = set(regions[marks])
-        assert count == 2 and len(ends) == (1 if joined else 2)
-        assert ndimage.label(marks, np.ones((3, 3)))[1] == 2
+        [marked] = set(regions[ndimage.binary_opening(solid > 0, np.ones((4, 4)))])
+        assert count == 2
+        for row, col in np.argwhere(labels[0].numpy() != tasks.IGNORE):
+            passing = set(regions[4 * row :, 4 * col :][:4, :4].ravel()) - {0}
+            assert (marked if labels[0, row, col] else 3 - marked) in passing
         # The gaps are there: what is drawn falls into many pieces.
-        assert ndimage.label(image, np.ones((3, 3)))[1] > 6
+        assert ndimage.label(images[0, 0] > 0, np.ones((3, 3)))[1] > 6
+
+        again, ends = paths.draw(np.random.default_rng(seed), 1, 64, tasks.STRIDE, tasks.IGNORE, ends=True)
+        asked = ends != tasks.IGNORE
+        assert torch.equal(images, again) and torch.equal(ends[asked], labels[asked])
+        assert sorted(ends[asked].tolist()) == [0, 1]
     images, labels = tasks.TASKS["dashed_64"].draw(np.random.default_rng(0), 3)
-    assert images.shape == (3, 1, 64, 64) and labels.shape == (3,)
+    assert images.shape == (3, 1, 64, 64) and labels.shape == (3, 16, 16)
 
 
 def test_labels_of_scenes_are_those_of_their_pixels_mirrored_too(monkeypatch):

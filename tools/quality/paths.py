@@ -1,4 +1,4 @@
-"""The "dashed path" task: two dashed paths and two marked points; are the points the ends of one path?"""
+"""The "dashed path" task: two dashed paths, one end marked; which points are joined with the mark by a path?"""
 
 import numpy as np
 import torch
@@ -8,36 +8,40 @@ from torch import Tensor
 
 STEP = 2.0  # pixels from one point of a path to the next
 DASH, PERIOD = 3, 5  # points that are drawn, of each period of so many
-APART = 6.0  # pixels that paths keep from each other, and from themselves
-MARK = 2.5  # radius of a marked point
+APART = 6.0  # pixels that paths keep from each other, and from themselves: more than a token is across
+MARK = 2.5  # radius of the mark
 
 
-def draw(rng: Generator, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Images `[count, 1, size, size]`, -1 to 1, and labels: 1 where the marked points are joined."""
-    images, labels = [], rng.integers(2, size=count)
-    for label in labels:
-        image, _ = draw_one(rng, bool(label), size)
-        images.append(image)
-    return torch.from_numpy(np.stack(images))[:, None].float() / 127.5 - 1, torch.from_numpy(labels)
+def draw(rng: Generator, count: int, size: int, stride: int, ignore: int, ends: bool = False) -> tuple[Tensor, Tensor]:
+    """Images `[count, 1, size, size]`, -1 to 1, and labels of their tokens, `[count, size / stride, size / stride]`.
+
+    A token that a path passes is 1 if the path begins at the mark, else 0; all others, and with `ends` also all but the
+    last one of each path, are `ignore`.
+    """
+    images = np.empty((count, 1, size, size), np.float32)
+    labels = np.full((count, size // stride, size // stride), ignore)
+    for image, label in zip(images, labels, strict=True):
+        pair = two_paths(rng, size)
+        image[0] = drawing(rng, pair, size)
+        for path, joined in zip(pair, (1, 0), strict=True):
+            cols, rows = (path[-1:] if ends else path).astype(int).T // stride
+            label[rows, cols] = joined
+    return torch.from_numpy(images) / 127.5 - 1, torch.from_numpy(labels)
 
 
-def draw_one(rng: Generator, joined: bool, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image and the same without gaps in its paths, both `[size, size]` uint8."""
-    pair = two_paths(rng, size)
-    ends = (pair[0][0], pair[0][-1] if joined else pair[1][0])
-    image, solid = (Image.new("L", (size, size)) for _ in range(2))
+def drawing(rng: Generator, pair: tuple[np.ndarray, np.ndarray], size: int, gaps: bool = True) -> np.ndarray:
+    """Two paths, dashed or not, with a disc where the first begins: `[size, size]` uint8."""
+    image = Image.new("L", (size, size))
+    pen = ImageDraw.Draw(image)
     for path in pair:
         points = [tuple(point) for point in path]
-        ImageDraw.Draw(solid).line(points, fill=255, width=2)
-        offset = int(rng.integers(PERIOD))
-        for start in range(-offset, len(points), PERIOD):
-            dash = points[max(0, start) : max(0, start + DASH)]
+        starts = range(-int(rng.integers(PERIOD)), len(points), PERIOD)
+        for dash in [points[max(0, i) : max(0, i + DASH)] for i in starts] if gaps else [points]:
             if len(dash) > 1:
-                ImageDraw.Draw(image).line(dash, fill=255, width=2)
-    for canvas in (image, solid):
-        for x, y in ends:
-            ImageDraw.Draw(canvas).ellipse((x - MARK, y - MARK, x + MARK, y + MARK), fill=255)
-    return np.asarray(image), np.asarray(solid)
+                pen.line(dash, fill=255, width=2)
+    x, y = pair[0][0]
+    pen.ellipse((x - MARK, y - MARK, x + MARK, y + MARK), fill=255)
+    return np.asarray(image)
 
 
 def two_paths(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

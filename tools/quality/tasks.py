@@ -160,21 +160,23 @@ def mirrored_labels(labels: Tensor) -> Tensor:
     return labels.flip(-1)
 
 
-def dashed_path(size: int, steps: int) -> Task:
-    """The task at a size in pixels."""
+def dashed_path(size: int, cell_size: int, reductions: tuple[int, int]) -> Task:
+    """The task at a size in pixels. Trained are all tokens on a path; tested are the far ends."""
     return Task(
         f"dashed_{size}",
-        f"dashed path, {size} px: are two marked points joined by a dashed path?",
-        lambda rng, count: paths.draw(rng, count, size),
-        lambda: paths.draw(test_generator(), 500, size),
+        f"dashed paths, {size} px: is the end of a path joined with the marked point?",
+        lambda rng, count: paths.draw(rng, count, size, STRIDE, IGNORE),
+        lambda: paths.draw(test_generator(), 500, size, STRIDE, IGNORE, ends=True),
         classes=2,
         size=size,
         dims=(48, 64),
         depths=(2, 2),
-        cell_sizes=(2, 2) if size < 128 else (4, 4),
-        reductions=(2, 1) if size < 128 else (2, 2),
-        steps=steps,
-        lr=1e-3,
+        cell_sizes=(cell_size, cell_size),
+        reductions=reductions,
+        steps=600,
+        lr=2e-3,
+        labels_tokens=True,
+        batch_size=16,
     )
 
 
@@ -192,7 +194,7 @@ TASKS = {
             depths=(2,),
             cell_sizes=(2,),
             reductions=(2,),
-            steps=300,
+            steps=600,
             lr=2e-3,
             labels_tokens=True,
             head_dim=24,
@@ -232,7 +234,7 @@ TASKS = {
             batch_size=4,
             long_range=tuple(SCENE_CLASSES.index(name) for name in make_scenes.LONG_RANGE),
         ),
-        dashed_path(64, 10_000),
-        dashed_path(128, 20_000),
+        dashed_path(64, 2, (2, 1)),
+        dashed_path(128, 4, (2, 2)),
     )
 }
