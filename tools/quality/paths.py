@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from PIL import Image, ImageDraw
+from scipy.signal import lfilter
+from scipy.spatial.distance import cdist
 from torch import Tensor
 
 STEP = 2.0  # pixels from one point of a path to the next
@@ -56,18 +58,14 @@ def two_paths(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def wander(rng: Generator, size: int, points: int, others: np.ndarray) -> np.ndarray | None:
-    """A smooth random path `[points, 2]` that keeps off the border, itself and `others`; None if it is stuck."""
+    """A smooth random path `[points, 2]`; None if it leaves the image or comes too near to itself or to `others`."""
     edge, recent = MARK + 1, int(APART / STEP) + 1
-    path = [rng.uniform(edge, size - edge, 2)]
-    heading, bend = rng.uniform(0, 2 * np.pi), 0.0
-    for _ in range(points):
-        place = path[-1]
-        far = np.concatenate((others, np.array(path[:-recent]).reshape(-1, 2)))
-        if (place < edge).any() or (place > size - edge).any():
-            return None
-        if len(far) and np.square(far - place).sum(1).min() < APART**2:
-            return None
-        bend = 0.7 * bend + rng.normal(0, 0.15)
-        heading += bend
-        path.append(place + STEP * np.array((np.cos(heading), np.sin(heading))))
-    return np.stack(path[:-1])
+    bends = lfilter([1], [1, -0.7], rng.normal(0, 0.15, points - 1))  # each 0.7 of the one before, and some noise
+    headings = rng.uniform(0, 2 * np.pi) + bends.cumsum()
+    moves = STEP * np.stack((np.cos(headings), np.sin(headings)), 1)
+    path = rng.uniform(edge, size - edge, 2) + np.concatenate((np.zeros((1, 2)), moves.cumsum(0)))
+    if path.min() < edge or path.max() > size - edge:
+        return None
+    if (len(others) and cdist(path, others).min() < APART) or np.triu(cdist(path, path) < APART, recent).any():
+        return None
+    return path
