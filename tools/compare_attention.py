@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, help="(0 1; in the large form 0 1 2; in a sweep 0)")
     add("--steps", type=int, help="of a run, a multiple of 10 (each task's own)")
     add("--sweep", action="store_true", help=f"cell sizes and ranks of linear and log-linear FMA, on {SWEEP_TASK}")
-    add("--cell-size", type=int, nargs="+", help="of a sweep, in all stages (1 2 3 4)")
+    add("--cell-size", type=int, nargs="+", help="of a sweep, in all stages (1 2 4)")
     add("--rank", type=int, nargs="+", help="of a sweep, summary tokens a coarse cell (1 4)")
     add("--side", type=int, default=64, help="tokens a side at which a sweep measures the operator (64; 0: not at all)")
     add("--report", action="store_true", help="train nothing")
@@ -77,7 +77,7 @@ def plan(args: argparse.Namespace) -> list[runs.Run]:
     names, seeds = FORMS[args.form]
     names, seeds = args.tasks or ([SWEEP_TASK] if args.sweep else names), args.seeds or ([0] if args.sweep else seeds)
     variants = args.variants or (report.SWEEP_VARIANTS if args.sweep else VARIANTS)
-    cells = args.cell_size or ([1, 2, 3, 4] if args.sweep else [None])
+    cells = args.cell_size or ([1, 2, 4] if args.sweep else [None])
     ranks = args.rank or ([1, 4] if args.sweep else [None])
     pairs = [(cell, rank) for cell in cells for rank in ranks if not args.sweep or can_learn(cell, rank)]
     found = [
