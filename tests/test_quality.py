@@ -86,7 +86,7 @@ def test_dashed_paths_join_the_marked_point_where_the_labels_say_so():
             passing = set(regions[4 * row :, 4 * col :][:4, :4].ravel()) - {0}
             assert (marked if labels[0, row, col] else 3 - marked) in passing
         # The gaps are there: what is drawn falls into many pieces.
-        assert ndimage.label(images[0, 0] > 0, np.ones((3, 3)))[1] > 6
+        assert ndimage.label(images[0, 0] > 0, np.ones((3, 3)))[1] > 4
 
         again, ends = paths.draw(np.random.default_rng(seed), 1, 64, tasks.STRIDE, tasks.IGNORE, ends=True)
         asked = ends != tasks.IGNORE

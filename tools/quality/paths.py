@@ -8,6 +8,7 @@ from scipy.signal import lfilter
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
+LENGTH = 0.5  # of a path, in widths of the image
 STEP = 2.0  # pixels from one point of a path to the next
 DASH, PERIOD = 3, 5  # points that are drawn, of each period of so many
 APART = 6.0  # pixels that paths keep from each other, and from themselves: more than a token is across
@@ -48,7 +49,7 @@ def drawing(rng: Generator, pair: tuple[np.ndarray, np.ndarray], size: int, gaps
 
 def two_paths(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Two paths of the same length that stay apart."""
-    points = round(0.9 * size / STEP)
+    points = round(LENGTH * size / STEP)
     while True:
         first = wander(rng, size, points, np.empty((0, 2)))
         for _ in range(20 if first is not None else 0):
