@@ -100,9 +100,9 @@ def test_labels_of_scenes_are_those_of_their_pixels_mirrored_too(monkeypatch):
     monkeypatch.setattr(tasks, "SCENES", dict(train=2, val=1))
     tasks.scenes.cache_clear()
     images, labels = tasks.scenes("train")
-    assert images.shape == (2, 3, 128, 128) and labels.shape == (2, 32, 32)
+    assert images.shape == (2, 3, 64, 64) and labels.shape == (2, 16, 16)
     # A label painted into the image, at the pixel that it is of, must still be there in the mirror.
-    painted = torch.zeros(2, 1, 128, 128)
+    painted = torch.zeros(2, 1, 64, 64)
     painted[:, 0, 2::4, 2::4] = labels.float()
     turned = tasks.mirrored(painted)
     assert torch.equal(turned[:, 0, 2::4, 2::4], tasks.mirrored_labels(labels).float())
@@ -163,8 +163,11 @@ def test_parameters_that_cannot_agree_are_refused():
 
 
 def test_a_comparison_without_coarse_levels_is_refused(tmp_path, capsys):
-    assert compare_attention.main(words(tmp_path, "--sweep", "--cell-size", "6", "--rank", "1")) == 1
-    assert "look_afar: no stage has a coarse level (12 x 12 tokens in cells of 6)" in capsys.readouterr().err
+    assert compare_attention.main(words(tmp_path, "--sweep", "--cell-size", "8", "--rank", "1")[2:]) == 1
+    assert (
+        "scenes: no stage has a coarse level (16 x 16 tokens in cells of 8, 8 x 8 tokens in cells of 8)"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
     assert compare_attention.main(words(tmp_path, "--steps", "15")) == 1
     assert "steps must be a multiple of 10, got 15" in capsys.readouterr().err
