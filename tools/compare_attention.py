@@ -36,7 +36,7 @@ from tools.quality.tasks import TASKS
 from tools.training import InputError
 
 FORMS = dict(small=(("digits", "scenes"), (0, 1)), large=(("look_afar", "dashed_64", "dashed_128"), (0, 1, 2)))
-SWEEP_TASK = "scenes"
+SWEEP_TASK = "look_afar"
 NOT_RUN = "*Not run yet: there is no such row in `benchmarks/results`.*"
 PAGE = ROOT / "docs" / "quality.md"
 FIGURES = ROOT / "docs" / "figures"
