@@ -19,14 +19,14 @@ SWEEP_VARIANTS = ("linear", "loglinear")
 
 
 def comparison(rows: Sequence[dict], task: str) -> Table:
-    """A line for each attention layer and number of steps on a task: the score of each seed, mean and extremes."""
+    """A line for each attention layer and number of steps on a task: the score of each seed and the mean."""
     own = compared(rows, task)
     measures = [("score", f"{TASKS[task].measure}, %")]
     if any(row["long_range"] for row in own):
         measures.append(("long_range", f"{TASKS[task].measure} of long-range classes, %"))
     header = ["attention", "steps", "cell sizes", "rank", "`L` per stage", "parameters", "MLP ratio"]
     for _, shown in measures:
-        header += [f"{shown}: seeds", "mean", "lowest to highest"]
+        header += [f"{shown}: seeds", "mean"]
     lines = []
     for variant, steps, *cells in cases(own):
         runs = [row for row in own if case_of(row) == (variant, steps, *cells)]
@@ -37,7 +37,6 @@ def comparison(rows: Sequence[dict], task: str) -> Table:
         for column, _ in measures:
             scores = [float(row[column]) for row in runs]
             line += [" ".join(f"{score:.1f}" for score in scores), f"**{mean(scores):.1f}**"]
-            line.append(f"{min(scores):.1f} to {max(scores):.1f}")
         lines.append([*line, f"{mean(float(row['cpu_seconds']) for row in runs):.0f}"])
     return [*header, "CPU s a run"], lines
 
