@@ -126,7 +126,7 @@ def curves_figure(points: Sequence[dict], task: str) -> Figure:
     corner.legend(loc="center", fontsize=9)
     figure.supxlabel("steps", fontsize=10)
     figure.supylabel(f"{TASKS[task].measure}, %", fontsize=10)
-    figure.suptitle(f"{TASKS[task].what}; a line for each seed", fontsize=10)
+    figure.suptitle(f"{TASKS[task].what}\na line for each seed", fontsize=10)
     return figure
 
 
