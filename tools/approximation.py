@@ -6,8 +6,10 @@ the test set: of all levels together, and of each level alone, the others being 
 accuracy of the model with its attention swapped. Each with kernels at their start value, the mean over sub-cells, and
 after a fine-tuning of the kernels alone that lessens the error on training features; nothing else is learned.
 
-    python tools/compare_attention.py --tasks look_afar --variants full --seeds 0
+    python tools/compare_attention.py --tasks look_afar --variants full --seeds 0 --results out/quality
     python tools/approximation.py
+
+(`--results`: with the recorded ones, which hold this run already, it would not be made again.)
 """
 
 import argparse
@@ -208,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         if not args.state.exists():
-            raise InputError(f"there is no {args.state}; train it with tools/compare_attention.py --variants full")
+            train = "tools/compare_attention.py --tasks look_afar --variants full --seeds 0 --results out/quality"
+            raise InputError(f"there is no {args.state}; python {train} trains such a model")
         model, run = runs.trained_model(args.state)
         if run.variant != "full":
             raise InputError(f"{args.state} is of a run with {VARIANTS[run.variant]}, not with full attention")

@@ -52,8 +52,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, help="(0 1; in the large form 0 1 2; in a sweep 0)")
     add("--steps", type=int, help="of a run, a multiple of 10 (each task's own)")
     add("--sweep", action="store_true", help=f"cell sizes and ranks of linear and log-linear FMA, on {SWEEP_TASK}")
-    add("--cell-size", type=int, nargs="+", help="of a sweep, in all stages (1 2 3 4)")
-    add("--rank", type=int, nargs="+", help="of a sweep, summary tokens a coarse cell (1 2 4)")
+    add("--cell-size", type=int, nargs="+", help="of a sweep, in all stages (1 2 4)")
+    add("--rank", type=int, nargs="+", help="of a sweep, summary tokens a coarse cell (1 4)")
     add("--side", type=int, default=64, help="tokens a side at which a sweep measures the operator (64; 0: not at all)")
     add("--report", action="store_true", help="train nothing")
     add("--output", type=Path, default=ROOT / "out" / "quality", help="folder of the runs' states (out/quality)")
@@ -77,8 +77,8 @@ def plan(args: argparse.Namespace) -> list[runs.Run]:
     names, seeds = FORMS[args.form]
     names, seeds = args.tasks or ([SWEEP_TASK] if args.sweep else names), args.seeds or ([0] if args.sweep else seeds)
     variants = args.variants or (report.SWEEP_VARIANTS if args.sweep else VARIANTS)
-    cells = args.cell_size or ([1, 2, 3, 4] if args.sweep else [None])
-    ranks = args.rank or ([1, 2, 4] if args.sweep else [None])
+    cells = args.cell_size or ([1, 2, 4] if args.sweep else [None])
+    ranks = args.rank or ([1, 4] if args.sweep else [None])
     pairs = [(cell, rank) for cell in cells for rank in ranks if not args.sweep or can_learn(cell, rank)]
     found = [
         runs.make_run(TASKS[name], variant, seed, args.steps, cell, rank)
@@ -155,7 +155,8 @@ class Recorded:
             return piece(report.comparison, rows, task, note=f"{report.training_of(rows)}; " if rows else "")
 
         pieces = {task: partial(of_task, task) for task in TASKS}
-        pieces["sweep"] = lambda: piece(report.sweep_table, self.sweep, self.costs)
+        setting = report.sweep_setting(self.sweep, self.costs)
+        pieces["sweep"] = lambda: piece(report.sweep_table, self.sweep, self.costs, note=f"{setting}; ")
         pieces["approximation"] = lambda: piece(approximation.table, self.swapped)
         return report.fill_page(page, pieces)
 

@@ -16,18 +16,17 @@ from .tasks import TASKS
 
 Table = tuple[list[str], list[list[str]]]  # header, lines
 SWEEP_VARIANTS = ("linear", "loglinear")
-PLAIN = dict(near="--", window="--", reduction="-.", full=":")  # lines of layers without coarse levels
 
 
 def comparison(rows: Sequence[dict], task: str) -> Table:
-    """A line for each attention layer and number of steps on a task: the score of each seed, mean and extremes."""
+    """A line for each attention layer and number of steps on a task: the score of each seed and the mean."""
     own = compared(rows, task)
     measures = [("score", f"{TASKS[task].measure}, %")]
     if any(row["long_range"] for row in own):
         measures.append(("long_range", f"{TASKS[task].measure} of long-range classes, %"))
     header = ["attention", "steps", "cell sizes", "rank", "`L` per stage", "parameters", "MLP ratio"]
     for _, shown in measures:
-        header += [f"{shown}: seeds", "mean", "lowest to highest"]
+        header += [f"{shown}: seeds", "mean"]
     lines = []
     for variant, steps, *cells in cases(own):
         runs = [row for row in own if case_of(row) == (variant, steps, *cells)]
@@ -38,7 +37,6 @@ def comparison(rows: Sequence[dict], task: str) -> Table:
         for column, _ in measures:
             scores = [float(row[column]) for row in runs]
             line += [" ".join(f"{score:.1f}" for score in scores), f"**{mean(scores):.1f}**"]
-            line.append(f"{min(scores):.1f} to {max(scores):.1f}")
         lines.append([*line, f"{mean(float(row['cpu_seconds']) for row in runs):.0f}"])
     return [*header, "CPU s a run"], lines
 
@@ -104,33 +102,39 @@ def sweep_table(rows: Sequence[dict], costs: Sequence[dict]) -> Table:
 
 
 def curves_figure(points: Sequence[dict], task: str) -> Figure:
-    """Learning curves of a task: the mean of the seeds, between the lowest and the highest."""
-    own = compared(points, task)
-    panels = [("score", f"{TASKS[task].measure}, %"), ("train_loss", "training loss")]
-    if any(point["long_range"] for point in own):
-        panels.insert(1, ("long_range", f"{TASKS[task].measure} of long-range classes, %"))
-    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")
-    for axes, (column, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        named = set()
-        for case in cases(own):
-            by_step: dict[int, list[float]] = {}
-            for point in own:
-                if case_of(point) == case:
-                    by_step.setdefault(int(point["step"]), []).append(float(point[column]))
-            variant, steps = case[0], sorted(by_step)
-            style = dict(color=f"C{list(VARIANTS).index(variant)}", linestyle=PLAIN.get(variant, "-"))
-            label = None if variant in named else VARIANTS[variant]
-            named.add(variant)
-            axes.plot(steps, [mean(by_step[s]) for s in steps], label=label, **style)
-            low, high = ([pick(by_step[s]) for s in steps] for pick in (min, max))
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set_xlabel("steps")
-        axes.set_ylabel(title)
+    """Learning curves of a task: a panel a layer, a line for each seed of its longest runs, full attention in grey."""
+    longest: dict[str, list[dict]] = {}
+    for variant in VARIANTS:
+        own = [point for point in compared(points, task) if point["variant"] == variant]
+        longest[variant] = [p for p in own if int(p["steps"]) == max(int(q["steps"]) for q in own)]
+    lines = [("score", "-", "the layer")]
+    if any(point["long_range"] for own in longest.values() for point in own):
+        lines = [("score", "-", "the layer, all classes"), ("long_range", "--", "the layer, long-range classes")]
+    figure = Figure(figsize=(10.5, 5.4), layout="constrained")
+    *panels, corner = figure.subplots(2, 4, sharex=True, sharey=True).flat
+    for axes, (variant, own) in zip(panels, longest.items(), strict=True):
+        for column, style, _ in lines:
+            draw_seeds(axes, longest["full"], column, color="0.65", linestyle=style, linewidth=1)
+            draw_seeds(axes, own, column, color="C0", linestyle=style, linewidth=1.6)
+        axes.set_title(VARIANTS[variant] + ("" if own else ": not run"), fontsize=9.5)
         axes.grid(alpha=0.3)
-    seeds = len({point["seed"] for point in own})
-    figure.suptitle(f"{TASKS[task].what}\n{seeds} seed(s); bands from the lowest to the highest", fontsize=10)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    panels[3].tick_params(labelbottom=True)  # what is below it has no axes
+    corner.set_axis_off()
+    for _, style, name in lines:
+        corner.plot([], [], color="C0", linestyle=style, label=name)
+    corner.plot([], [], color="0.65", linewidth=1, label="full attention")
+    corner.legend(loc="center", fontsize=9)
+    figure.supxlabel("steps", fontsize=10)
+    figure.supylabel(f"{TASKS[task].measure}, %", fontsize=10)
+    figure.suptitle(f"{TASKS[task].what}\na line for each seed", fontsize=10)
     return figure
+
+
+def draw_seeds(axes: Axes, points: Sequence[dict], column: str, **style) -> None:
+    """A line of a column over the steps for each seed."""
+    for seed in dict.fromkeys(point["seed"] for point in points):
+        own = [point for point in points if point["seed"] == seed]
+        axes.plot([int(point["step"]) for point in own], [float(point[column]) for point in own], **style)
 
 
 def sweep_figure(rows: Sequence[dict], costs: Sequence[dict]) -> Figure:
@@ -157,10 +161,16 @@ def sweep_figure(rows: Sequence[dict], costs: Sequence[dict]) -> Figure:
                 continue
             heat_map(axes, shown, colours)
             axes.set_title(f"{VARIANTS[variant]}: {title}", fontsize=9)
-    names = [f"score: {row['task']}, {row['steps']} steps" for row in rows[:1]]
-    names += [f"operator: {cost['height']} x {cost['width']} tokens, {cost['mode']}" for cost in done[:1]]
-    figure.supxlabel("; ".join(names), fontsize=8, color="0.35")
+    figure.supxlabel(sweep_setting(rows, costs), fontsize=8, color="0.35")
     return figure
+
+
+def sweep_setting(rows: Sequence[dict], costs: Sequence[dict]) -> str:
+    """On what the scores and on what the costs of a sweep were found, in a line."""
+    names = [f"score: {row['task']}, {row['steps']} steps" for row in rows[:1]]
+    names += [f"operator: {cost['height']} x {cost['width']} tokens, {cost['mode']}, {cost['heads']} heads of "
+              f"{cost['head_dim']} channels" for cost in costs[:1]]  # fmt: skip
+    return "; ".join(names)
 
 
 def heat_map(axes: Axes, values: dict[tuple[int, int], float], colours: str) -> None:

@@ -14,6 +14,7 @@ from numpy.random import Generator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.nn import functional as F
 
 from tools import make_scenes
 
@@ -55,7 +56,7 @@ class Task:
     in_chans: int = 1
     rank: int = 1
     head_dim: int = 16
-    batch_size: int = 32
+    batch_size: int = 16
     long_range: tuple[int, ...] = ()
 
     def __str__(self) -> str:
@@ -84,7 +85,7 @@ def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def enlarged_digits(images: np.ndarray, labels: np.ndarray, size: int) -> Batch:
     """Digits of 8 x 8 pixels brought to `size`, values about -1 to 1."""
-    large = torch.nn.functional.interpolate(torch.from_numpy(images)[:, None], size=(size, size), mode="bicubic")
+    large = F.interpolate(torch.from_numpy(images)[:, None], size=(size, size), mode="bicubic")
     return large * 2 - 1, torch.from_numpy(labels)
 
 
@@ -130,15 +131,15 @@ SCENE_CLASSES = [name for name in make_scenes.LABELS if name != "other"]
 
 @cache
 def scenes(split: str) -> Batch:
-    """Generated scenes of seed 0, `[N, 3, 128, 128]`, and each token's label, that of its pixel (2, 2) of 4 x 4."""
+    """Generated scenes of seed 0 at half their size, `[N, 3, 64, 64]`, and each token's label, that of its middle."""
     textures = make_scenes.load_textures()
     drawn = [make_scenes.scene(0, dict(train="training", val="validation")[split], i, textures)
              for i in range(SCENES[split])]  # fmt: skip
     images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
     index = torch.full((256,), IGNORE)
     index[[make_scenes.LABELS[name] for name in SCENE_CLASSES]] = torch.arange(len(SCENE_CLASSES))
-    tokens = labels[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].long()
-    return images.movedim(-1, 1).float() / 127.5 - 1, index[tokens]
+    tokens = labels[:, STRIDE :: 2 * STRIDE, STRIDE :: 2 * STRIDE].long()
+    return F.avg_pool2d(images.movedim(-1, 1).float() / 127.5 - 1, 2), index[tokens]
 
 
 def draw_scenes(rng: Generator, count: int) -> Batch:
@@ -152,7 +153,7 @@ def draw_scenes(rng: Generator, count: int) -> Batch:
 
 
 def mirrored(images: Tensor) -> Tensor:
-    """Moved by one pixel, so that pixel (2, 2) of a token stays the one that its label is of."""
+    """Moved by one pixel, so that pixel (2, 2) of a token's 4 x 4 stays the one that its label is of."""
     return images.flip(-1).roll(1, -1)
 
 
@@ -160,21 +161,22 @@ def mirrored_labels(labels: Tensor) -> Tensor:
     return labels.flip(-1)
 
 
-def dashed_path(size: int, steps: int) -> Task:
-    """The task at a size in pixels."""
+def dashed_path(size: int, cell_size: int, reductions: tuple[int, int]) -> Task:
+    """The task at a size in pixels. Trained are all tokens on a path; tested are the far ends."""
     return Task(
         f"dashed_{size}",
-        f"dashed path, {size} px: are two marked points joined by a dashed path?",
-        lambda rng, count: paths.draw(rng, count, size),
-        lambda: paths.draw(test_generator(), 500, size),
+        f"dashed paths, {size} px: is the end of a path joined with the marked point?",
+        lambda rng, count: paths.draw(rng, count, size, STRIDE, IGNORE),
+        lambda: paths.draw(test_generator(), 300, size, STRIDE, IGNORE, ends=True),
         classes=2,
         size=size,
         dims=(48, 64),
         depths=(2, 2),
-        cell_sizes=(2, 2) if size < 128 else (4, 4),
-        reductions=(2, 1) if size < 128 else (2, 2),
-        steps=steps,
-        lr=1e-3,
+        cell_sizes=(cell_size, cell_size),
+        reductions=reductions,
+        steps=300,
+        lr=2e-3,
+        labels_tokens=True,
     )
 
 
@@ -192,11 +194,10 @@ TASKS = {
             depths=(2,),
             cell_sizes=(2,),
             reductions=(2,),
-            steps=300,
+            steps=600,
             lr=2e-3,
             labels_tokens=True,
             head_dim=24,
-            batch_size=16,
         ),
         Task(
             "digits",
@@ -211,28 +212,27 @@ TASKS = {
             reductions=(2, 1),
             steps=300,
             lr=2e-3,
-            batch_size=16,
         ),
         Task(
             "scenes",
-            f"generated scenes ({SCENES['train']} + {SCENES['val']}), 128 px: the class of each token",
+            f"generated scenes ({SCENES['train']} + {SCENES['val']}), 64 px: the class of each token",
             draw_scenes,
             lambda: scenes("val"),
             classes=len(SCENE_CLASSES),
-            size=128,
+            size=64,
             dims=(32, 48),
             depths=(2, 2),
-            cell_sizes=(4, 4),
-            reductions=(4, 2),
-            steps=400,
+            cell_sizes=(2, 2),
+            reductions=(2, 1),
+            steps=900,
             lr=2e-3,
             measure="mIoU",
             labels_tokens=True,
             in_chans=3,
-            batch_size=4,
+            batch_size=8,
             long_range=tuple(SCENE_CLASSES.index(name) for name in make_scenes.LONG_RANGE),
         ),
-        dashed_path(64, 10_000),
-        dashed_path(128, 20_000),
+        dashed_path(64, 2, (2, 1)),
+        dashed_path(128, 4, (2, 2)),
     )
 }
