@@ -159,7 +159,7 @@ def sweep_figure(rows: Sequence[dict], costs: Sequence[dict]) -> Figure:
             if not shown:
                 axes.set_axis_off()
                 continue
-            heat_map(axes, shown, colours)
+            heat_map(axes, shown, colours, (min(values.values()), max(values.values())))
             axes.set_title(f"{VARIANTS[variant]}: {title}", fontsize=9)
     figure.supxlabel(sweep_setting(rows, costs), fontsize=8, color="0.35")
     return figure
@@ -173,11 +173,11 @@ def sweep_setting(rows: Sequence[dict], costs: Sequence[dict]) -> str:
     return "; ".join(names)
 
 
-def heat_map(axes: Axes, values: dict[tuple[int, int], float], colours: str) -> None:
-    """Values by (cell size, rank), written into their squares."""
+def heat_map(axes: Axes, values: dict[tuple[int, int], float], colours: str, span: tuple[float, float]) -> None:
+    """Values by (cell size, rank), written into their squares; `span`: of the colours, from lowest to highest."""
     cells, ranks = (sorted({place[i] for place in values}) for i in (0, 1))
     grid = [[values.get((cell, rank), float("nan")) for cell in cells] for rank in ranks]
-    image = axes.imshow(grid, cmap=colours, aspect="auto", origin="lower")
+    image = axes.imshow(grid, cmap=colours, aspect="auto", origin="lower", vmin=span[0], vmax=span[1])
     for (cell, rank), value in values.items():
         red, green, blue, _ = image.cmap(image.norm(value))
         ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
