@@ -35,6 +35,6 @@ clean:  ## remove what tests and builds leave; the environment stays
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-venv:
+venv:  ## the environment .venv, nothing else
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or name one with PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" tools/make_venv.py --cache "$(VENV_CACHE)" requirements/dev.txt requirements/no-deps.txt

@@ -228,7 +228,7 @@ def test_what_is_no_readable_mit_is_refused(tmp_path):
         ("text.pth", "tensors only"),
         ("text.safetensors", "not a safetensors file"),
         ("list.pt", "no state dict"),
-        ("none.pth", "No such file"),
+        ("none.pth", "there is no file"),
         (".", "folder"),
     ):
         with pytest.raises(SystemExit, match=words):

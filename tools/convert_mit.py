@@ -342,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path, nargs="?", help="(beside the source, as SOURCE.MODEL.safetensors)")
     args = parser.parse_args(argv)
     try:
+        if not args.source.exists():
+            raise ValueError(f"there is no file {args.source}; give one of NVlabs, mmsegmentation or Hugging Face")
         conversion = convert(read(args.source))
         output = args.output or args.source.with_suffix(f".{conversion.model}.safetensors")
         if output.exists():

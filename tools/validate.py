@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--device {device}: there is no CUDA device here")
     if args.publish and args.publish.exists():
         raise InputError(f"{args.publish} exists already")
+    if args.publish and not args.publish.parent.is_dir():
+        raise InputError(f"there is no folder {args.publish.parent} to publish to")
     metadata = read_metadata(Path(args.weights)) if Path(args.weights).is_file() else {}
     if args.publish and "recipe" not in metadata:
         raise InputError(f"--publish needs a file of tools/train_classifier.py; {args.weights} has no recipe")
