@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -44,13 +45,18 @@ class Results:
     def append(self, row: dict) -> None:
         """Keep a row, on disk at once."""
         self._keep(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_rows(self.path, COLUMNS, [row])
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
+    """Keep rows in a CSV file, on disk at once; the file and its header are made for the first ones."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         for position in sorted(args.positions):
             row = dict(attention=attention, position=position, **shared) | measure(model, position, args.tokens)
-            append(args.out, row | origin(args.threads))
+            kept = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in (row | origin(args.threads)).items()}
+            records.append_rows(args.out, COLUMNS, [kept])
             numbers = f"{row['entries']:9}{row['cache_mib']:9.2f}{row['cpu_ms']:9.2f}{row['wall_ms']:9.2f}"
             print(f"{attention:10}{position:9}{numbers}", flush=True)
     draw(read(args.out), args.figure)
@@ -134,17 +135,6 @@ def origin(threads: int) -> dict:
         command=records.command(),
         timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-
-
-def append(path: Path, row: dict) -> None:
-    """Keep a row, on disk at once."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def read(path: Path) -> list[dict]:

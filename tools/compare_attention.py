@@ -115,8 +115,8 @@ def train(planned: Sequence[runs.Run], output: Path, results: Path, curves: Path
                 bar.update(steps)
 
             row, points = runs.train(run, output / run.folder, progress)
-            runs.append_rows(curves, runs.CURVE_COLUMNS, points)
-            runs.append_rows(results, runs.COLUMNS, [row])
+            runs.keep_rows(curves, runs.CURVE_COLUMNS, points)
+            runs.keep_rows(results, runs.COLUMNS, [row])
             bar.write(f"{run}: {TASKS[run.task].measure} {float(row['score']):.1f} %, {row['cpu_seconds']} s of CPU")
 
 

@@ -19,7 +19,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import text_table
-from benchmarks.records import ROOT, commit, default_threads, machine, version
+from benchmarks.records import ROOT, append_rows, commit, default_threads, machine, version
 from tools.training.model import recipe_model
 from tools.training.recipe import make_recipe, read_values
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
                 if row is None:
                     return 1
                 rows.append(row)
-                append(args.results, row)
+                append_rows(args.results, COLUMNS, [row])
     print(table(rows))
     return 0
 
@@ -101,17 +101,6 @@ def read_rows(path: Path) -> list[dict]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict) -> None:
-    """Keep a row, on disk at once."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: list[dict]) -> str:

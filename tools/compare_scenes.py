@@ -6,7 +6,6 @@ scenes that it is measured on.
 """
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmengine.registry import MODELS
 
 from benchmarks.harness import text_table
-from benchmarks.records import ROOT, commit, default_threads, machine, version
+from benchmarks.records import ROOT, append_rows, commit, default_threads, machine, version
 from tools.compare_digits import children_seconds, read_rows
 from tools.make_scenes import LABELS, LONG_RANGE
 from tools.mmseg_runs import read_config, replace_sync_bn
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if row is None:
             return 1
         rows.append(row)
-        append(args.results, row)
+        append_rows(args.results, list(row), [row])
     print(table(rows))
     return 0
 
@@ -95,17 +94,6 @@ def last_ious(log: str) -> dict[str, float]:
     lines = log.rsplit("per class results:", 1)[1]
     found = {name: float(iou) for name, iou in re.findall(r"^\| +(\w+) +\| +([\d.]+) +\|", lines, re.MULTILINE)}
     return {name: found[name] for name in NAMES}
-
-
-def append(path: Path, row: dict) -> None:
-    """Keep a row, on disk at once."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: list[dict]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.records import command, commit, default_threads, fma2d_version, machine, version
+from benchmarks.records import append_rows, command, commit, default_threads, fma2d_version, machine, version
 from tools.training import InputError
 from tools.training.checkpoints import load_state, remove_unfinished, save_state
 from tools.training.engine import Processes, Training
@@ -240,12 +240,6 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def append_rows(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
-    """Keep rows, on disk at once."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({name: as_text(row[name]) for name in columns} for row in rows)
+def keep_rows(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
+    """Append these columns of rows, numbers in few digits."""
+    append_rows(path, columns, [{name: as_text(row[name]) for name in columns} for row in rows])
