@@ -1,13 +1,10 @@
 """What a device does at most: matrix products and copies as measured; and which kernel takes how long."""
 
-import csv
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from .harness import GateError, Task, Work, text_table
-from .records import commit, machine
 
 NAMES = ("matmul", "copy")
 
@@ -48,8 +45,8 @@ def table(rows: list[dict]) -> str:
     return text_table(["what", "dtype", "side", "ms", "rate"], lines)
 
 
-def kernel_times(step: Callable[[], object], repeats: int) -> list[list]:
-    """For each kernel on the GPU: name, calls, microseconds, share of the whole, all of one call of `step`."""
+def kernel_times(step: Callable[[], object], repeats: int) -> list[dict]:
+    """The kernels on the GPU of one call of `step`: name, calls, microseconds, share of the whole."""
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(3):
@@ -63,18 +60,11 @@ def kernel_times(step: Callable[[], object], repeats: int) -> list[list]:
     total = sum(e.device_time_total for e in events)
     events.sort(key=lambda e: -e.device_time_total)
     return [
-        [e.key[:70], e.count // repeats, f"{e.device_time_total / repeats:.1f}", f"{e.device_time_total / total:.3f}"]
+        dict(
+            kernel=e.key[:70],
+            calls=e.count // repeats,
+            us=f"{e.device_time_total / repeats:.1f}",
+            share=f"{e.device_time_total / total:.3f}",
+        )
         for e in events
     ]
-
-
-def write_kernel_times(path: Path, subject: dict, rows: list[list]) -> None:
-    """Append kernel times to a CSV file, with the shape, the GPU and the commit."""
-    origin = dict(machine=machine("cuda"), torch=torch.__version__, commit=commit())
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow([*subject, *origin, "kernel", "calls", "us", "share"])
-        writer.writerows([*subject.values(), *origin.values(), *row] for row in rows)

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import card, device_checks, model_benchmark, operator_benchmark, peers
 from benchmarks.harness import GateError, Limits, run, text_table
-from benchmarks.records import ROOT, Results, commit
+from benchmarks.records import ROOT, Results, append_rows, commit, origin
 
 PIECE_SECONDS = 480
 MARGIN = 40  # of a piece's time, for what comes before and after its rows
@@ -144,12 +144,14 @@ class Programme:
             shape = dict(height=height, width=width, batch=8, heads=2, head_dim=64)
             step = operator_benchmark.build(**subject, **shape, device=self.device, dtype="bfloat16").step
             rows = card.kernel_times(step, repeats)
-            total = sum(float(us) for _, _, us, _ in rows)
+            total = sum(float(row["us"]) for row in rows)
             called, replayed = _call_times(step, repeats)
             print(f"\n{mode}, {variant}, {height} x {width} tokens, batch 8, 2 heads of 64, bfloat16")
-            print(text_table(["kernel", "calls", "us", "share"], rows))
+            print(text_table(list(rows[0]), [list(row.values()) for row in rows]))
             print(f"all kernels {total:.0f} us; a call {called:.0f} us, replayed from a CUDA graph {replayed:.0f} us")
-            card.write_kernel_times(self.folder / "kernels.csv", subject | shape, rows)
+            facts = subject | shape | origin(str(self.device))
+            columns = [*subject, *shape, "machine", "torch", "commit", *rows[0]]
+            append_rows(self.folder / "kernels.csv", columns, [facts | row for row in rows])
         return True
 
     def _models(self) -> list[Piece]:

@@ -4,10 +4,11 @@ import csv
 import os
 import platform
 import re
+import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -30,9 +31,8 @@ class Results:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._rows = {}
-        if self.path.exists():
-            for row in read_rows(self.path):
-                self._keep(row)
+        for row in read_rows(self.path):
+            self._keep(row)
 
     def _keep(self, row: dict) -> None:
         self._rows[tuple(row[name] for name in KEY)] = row
@@ -48,33 +48,47 @@ class Results:
         append_rows(self.path, COLUMNS, [row])
 
 
-def append_rows(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
-    """Keep rows in a CSV file, on disk at once; the file and its header are made for the first ones."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a results file, every column a string.
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Keep these columns of rows in a CSV file, on disk at once; its header is written with the first ones.
 
     Raises:
         ValueError: for a file with other columns.
     """
-    with Path(path).open(newline="") as file:
+    known = read_rows(path, columns)
+    _write(path, columns, rows, "a" if known else "w")
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Write these columns of rows as a CSV file, in the place of what was there."""
+    _write(path, columns, rows, "w")
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[dict], mode: str) -> None:
+    lines = [[row[name] for name in columns] for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows(lines if mode == "a" else [columns, *lines])
+
+
+def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    """The rows of a CSV file; none without a file.
+
+    Raises:
+        ValueError: for a file with other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} is not a results file of this version: its columns differ")
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise ValueError(f"{path} has other columns than this version writes; remove it or name another file")
         return list(reader)
 
 
-def latest(rows: list[dict]) -> list[dict]:
-    """One row for each key, the last."""
-    return list({tuple(row[name] for name in KEY): row for row in rows}.values())
+def latest(rows: list[dict], key: Sequence[str] = KEY) -> list[dict]:
+    """One row for each key, the last; a name that rows have no column of is no part of it."""
+    return list({tuple(row.get(name) for name in key): row for row in rows}.values())
 
 
 def total_mib(row: dict) -> float:
@@ -84,19 +98,32 @@ def total_mib(row: dict) -> float:
 
 def new_row(subject: dict, device: str, dtype: str, threads: int | None) -> dict:
     """A row without results: what is to be measured, and where it comes from; every column a string."""
-    facts = subject | {
-        "device": device,
-        "dtype": dtype,
-        "machine": machine(device),
-        "threads": threads or default_threads(),
-        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "fma2d": fma2d_version(),
-        "commit": commit(),
-        "command": command(),
-    }
-    facts |= {name: version(name) for name in ("torch", "triton", "timm")}
-    return dict.fromkeys(COLUMNS, "") | {name: str(value) for name, value in facts.items()}
+    facts = origin(device, threads) | subject | dict(device=device, dtype=dtype)
+    return {name: str(facts.get(name, "")) for name in COLUMNS}
+
+
+def origin(device: str = "cpu", threads: int | None = None) -> dict[str, str | int]:
+    """Where a row comes from: machine, threads (torch's own number), versions, time, commit, command.
+
+    A results file takes those of them that it has a column for.
+    """
+    return dict(
+        machine=machine(device),
+        threads=threads or default_threads(),
+        **{name: version(name) for name in ("torch", "triton", "timm")},
+        mmseg=version("onedl-mmsegmentation") or version("mmsegmentation"),
+        python=platform.python_version(),
+        fma2d=fma2d_version(),
+        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=commit(),
+        command=command(),
+    )
+
+
+def children_seconds() -> float:
+    """Processor time of the processes run so far: on a machine that others use, it says more than the clock."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @cache

@@ -11,12 +11,9 @@ than its wall time; with one thread on a quiet machine the two are equal. Both a
 """
 
 import argparse
-import csv
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -76,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         for position in sorted(args.positions):
             row = dict(attention=attention, position=position, **shared) | measure(model, position, args.tokens)
-            kept = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in (row | origin(args.threads)).items()}
+            kept = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+            kept |= records.origin(threads=args.threads) | dict(device="cpu", dtype="float32")
             records.append_rows(args.out, COLUMNS, [kept])
             numbers = f"{row['entries']:9}{row['cache_mib']:9.2f}{row['cpu_ms']:9.2f}{row['wall_ms']:9.2f}"
             print(f"{attention:10}{position:9}{numbers}", flush=True)
@@ -121,27 +119,9 @@ def measure(model: CausalLM, position: int, tokens: int) -> dict:
     )
 
 
-def origin(threads: int) -> dict:
-    """Where a row comes from."""
-    return dict(
-        device="cpu",
-        dtype="float32",
-        machine=records.machine("cpu"),
-        threads=threads,
-        torch=records.version("torch"),
-        python=platform.python_version(),
-        fma2d=records.fma2d_version(),
-        commit=records.commit(),
-        command=records.command(),
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
 def read(path: Path) -> list[dict]:
     """The rows of a file; of two of the same thing the later."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return list({tuple(row[name] for name in SUBJECT): row for row in rows}.values())
+    return records.latest(records.read_rows(path, COLUMNS), SUBJECT)
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:

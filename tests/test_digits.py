@@ -10,6 +10,7 @@ import timm
 import torch
 
 import fma2d
+from benchmarks.records import read_rows
 from tools import compare_digits, make_digits, validate
 from tools.training.checkpoints import read_metadata, sha256
 
@@ -81,7 +82,7 @@ def test_comparison_runs_what_is_missing_and_tells_means(tmp_path, monkeypatch, 
 
 
 def test_page_has_the_recorded_means():
-    rows = compare_digits.read_rows(ROOT / "benchmarks" / "results" / "digits.csv")
+    rows = read_rows(ROOT / "benchmarks" / "results" / "digits.csv", compare_digits.COLUMNS)
     page = (ROOT / "docs" / "training.md").read_text()
     for name in ("fma2d_nano", "mit_b0", "dense"):
         scores = [float(row["top1"]) for row in rows if row["recipe"] == name]

@@ -14,10 +14,8 @@ after a fine-tuning of the kernels alone that lessens the error on training feat
 
 import argparse
 import copy
-import csv
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import trange
 
-from benchmarks.records import ROOT, command, commit, default_threads, fma2d_version, machine, version
+from benchmarks.records import ROOT, origin, write_rows
 from fma2d import num_levels
 from fma2d.baselines import DenseAttention
 from tools.quality import dense, report, runs
@@ -215,19 +213,13 @@ def main(argv: list[str] | None = None) -> int:
         model, run = runs.trained_model(args.state)
         if run.variant != "full":
             raise InputError(f"{args.state} is of a run with {VARIANTS[run.variant]}, not with full attention")
-        facts = dict(machine=machine("cpu"), threads=default_threads(), torch=version("torch"), timm=version("timm"))
-        facts |= dict(fma2d=fma2d_version(), commit=commit(), command=command())
-        facts["timestamp"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        facts = origin()
         found = measure(model, run, args.cell_size or run.cells[0], args.rank, args.variants, args.steps)
         rows = [{name: runs.as_text((row | facts)[name]) for name in COLUMNS} for row in found]
     except (InputError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, COLUMNS, rows)
     print(f"\n{report.plain(table(rows))}\n\n{args.out}\n{report.save(draw(rows), args.figure)}")
     return 0
 

@@ -136,11 +136,10 @@ class Recorded:
     """What the files of a folder hold: runs, their curves, those of a sweep, operator costs, approximations."""
 
     def __init__(self, folder: Path):
-        costs = folder / "quality_operator.csv"
         self.rows = runs.read_rows(folder / "quality.csv", runs.COLUMNS)
         self.points = runs.read_rows(folder / "quality_curves.csv", runs.CURVE_COLUMNS)
         self.sweep = report.swept(self.rows, SWEEP_TASK)
-        self.costs = read_costs(costs) if costs.exists() else []
+        self.costs = read_costs(folder / "quality_operator.csv")
         file = folder / "quality_approximation.csv"
         self.swapped = runs.read_rows(file, approximation.COLUMNS, approximation.SETTING)
 

@@ -8,18 +8,16 @@ images that it is measured on.
 import argparse
 import csv
 import dataclasses
-import resource
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import text_table
-from benchmarks.records import ROOT, append_rows, commit, default_threads, machine, version
+from benchmarks.records import ROOT, append_rows, children_seconds, origin, read_rows
 from tools.training.model import recipe_model
 from tools.training.recipe import make_recipe, read_values
 
@@ -40,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, default=ROOT / "out" / "digits", help="folder for the runs' folders (out/digits)")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "digits.csv", help="file to append to")
     args = parser.parse_args(argv)
-    rows = read_rows(args.results)
+    try:
+        rows = read_rows(args.results, COLUMNS)
+    except ValueError as error:
+        parser.error(str(error))
     done = {(row["recipe"], int(row["seed"])) for row in rows}
     for seed in args.seeds:
         for name in args.recipes:
@@ -67,7 +68,7 @@ def train(name: str, seed: int, data_dir: Path, output: Path) -> dict | None:
         log = list(csv.DictReader(file))
     recipe = make_recipe(read_values(ROOT / "configs" / "digits" / f"{name}.yaml"), name)
     model = recipe_model(dataclasses.replace(recipe, seed=seed), recipe.num_classes)
-    row = dict(
+    row = origin() | dict(
         recipe=name,
         attention=recipe.attention,
         params=sum(parameter.numel() for parameter in model.parameters()),
@@ -78,29 +79,9 @@ def train(name: str, seed: int, data_dir: Path, output: Path) -> dict | None:
         val_loss=f"{float(log[-1]['val_loss']):.4f}",
         seconds=f"{seconds:.0f}",
         cpu_seconds=f"{cpu_seconds:.0f}",
-        machine=machine("cpu"),
-        threads=default_threads(),
-        torch=version("torch"),
-        timm=version("timm"),
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=commit(),
         command=" ".join(words),
     )
-    return {key: str(value) for key, value in row.items()}
-
-
-def children_seconds() -> float:
-    """Processor time of the runs so far: on a machine that others use, it says more than the clock."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of the results file, every column a string."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return {name: str(row[name]) for name in COLUMNS}
 
 
 def table(rows: list[dict]) -> str:

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
 
@@ -19,13 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmengine.registry import MODELS
 
 from benchmarks.harness import text_table
-from benchmarks.records import ROOT, append_rows, commit, default_threads, machine, version
-from tools.compare_digits import children_seconds, read_rows
+from benchmarks.records import ROOT, append_rows, children_seconds, origin, read_rows
 from tools.make_scenes import LABELS, LONG_RANGE
 from tools.mmseg_runs import read_config, replace_sync_bn
 
 CONFIGS = sorted((ROOT / "configs" / "scenes").glob("*.py"))
 NAMES = [name for name, label in LABELS.items() if label]
+COLUMNS = (
+    *("config", "params", "iterations", "batch", "mIoU", "long_range", "others", *NAMES, "seconds", "cpu_seconds"),
+    *("machine", "threads", "torch", "mmseg", "timestamp", "commit", "command"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, default=ROOT / "work_dirs", help="folder for the runs' folders (work_dirs)")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "scenes.csv", help="file to append to")
     args = parser.parse_args(argv)
-    rows = read_rows(args.results)
+    try:
+        rows = read_rows(args.results, COLUMNS)
+    except ValueError as error:
+        parser.error(str(error))
     done = {row["config"] for row in rows}
     for config in args.configs:
         if config.stem in done:
@@ -46,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         if row is None:
             return 1
         rows.append(row)
-        append_rows(args.results, list(row), [row])
+        append_rows(args.results, COLUMNS, [row])
     print(table(rows))
     return 0
 
@@ -67,7 +72,7 @@ def make_row(config: Path, folder: Path, seconds: float, cpu_seconds: float) -> 
     cfg = read_config(config)
     replace_sync_bn(cfg.model)
     ious = last_ious(max(folder.glob("*/*.log")).read_text())
-    row = dict(
+    row = origin() | dict(
         config=config.stem,
         params=sum(parameter.numel() for parameter in MODELS.build(cfg.model).parameters()),
         iterations=cfg.train_cfg.max_iters,
@@ -78,15 +83,9 @@ def make_row(config: Path, folder: Path, seconds: float, cpu_seconds: float) -> 
         **{name: f"{ious[name]:.2f}" for name in NAMES},
         seconds=f"{seconds:.0f}",
         cpu_seconds=f"{cpu_seconds:.0f}",
-        machine=machine("cpu"),
-        threads=default_threads(),
-        torch=version("torch"),
-        mmseg=version("onedl-mmsegmentation") or version("mmsegmentation"),
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=commit(),
         command=f"tools/train.py configs/scenes/{config.name}",
     )
-    return {key: str(value) for key, value in row.items()}
+    return {name: str(row[name]) for name in COLUMNS}
 
 
 def last_ious(log: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import text_benchmark
 from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
-from benchmarks.records import ROOT, Results, total_mib
+from benchmarks.records import ROOT, Results, total_mib, write_rows
 from tools.text import comparison, figures
 from tools.text.recipe import TextRecipe
 from tools.training import InputError
@@ -93,8 +93,8 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     found = [comparison.csv_row(row, *cost, *origin) for row, cost in zip(done, costs, strict=True)]
     curves = [line for row in done for line in row.curve]
     path = args.results / f"text_{name}.csv"
-    comparison.write(path, found)
-    comparison.write(args.results / f"text_{name}_curves.csv", curves)
+    write_rows(path, comparison.COLUMNS, found)
+    write_rows(args.results / f"text_{name}_curves.csv", list(curves[0]), curves)
     figure = figures.table_figure(found, curves) if name == "table" else figures.sweep_figure(found)
     figures.save(figure, args.figures / f"text_{name}.png")
     first = found[0]

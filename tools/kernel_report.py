@@ -6,7 +6,6 @@ a GPU of that architecture would compile. Exit code 1 if a kernel of the main co
 """
 
 import argparse
-import csv
 import os
 import re
 import subprocess
@@ -31,6 +30,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from benchmarks.harness import text_table
+from benchmarks.records import write_rows
 from fma2d import num_levels, start_kernels
 from fma2d.ops import tiles, triton_backend
 from fma2d.ops.options import Call, Options
@@ -242,9 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     header = [field.name for field in fields(Row)]
     print(text_table(header, [list(asdict(row).values()) for row in rows]))
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([header, *(asdict(row).values() for row in rows)])
+        write_rows(args.csv, header, map(asdict, rows))
     faults = [f"{row.arch} {row.kernel} ({row.config}): {fault}" for row in rows for fault in row.faults()]
     print(f"\n{len(rows)} kernels; " + (f"{len(faults)} at fault:" if faults else "none at fault"), *faults, sep="\n")
     return bool(faults)

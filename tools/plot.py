@@ -16,11 +16,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, help="CSV files, such as benchmarks/results/operator.csv")
     parser.add_argument("--out", type=Path, help="folder of the PNGs (default: beside the first file)")
     args = parser.parse_args(argv)
+    if missing := [str(path) for path in args.results if not path.exists()]:
+        parser.error(f"there is no {', '.join(missing)}")
     try:
         rows = [row for path in args.results for row in read_rows(path)]
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        parser.error(str(error))
     paths = write_figures(rows, args.out or args.results[0].parent)
     print("\n".join(map(str, paths)) or "no row with a result")
     return 0 if paths else 1

@@ -11,7 +11,6 @@ are worth measuring on a quiet machine only.
 """
 
 import argparse
-import csv
 import sys
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,9 @@ from tqdm import tqdm
 
 from benchmarks import vit_benchmark
 from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
-from benchmarks.records import ROOT, Results, command, commit, fma2d_version, version
+from benchmarks.records import ROOT, Results, origin, write_rows
+
+ORIGIN = ("torch", "timm", "fma2d", "commit", "command")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -107,14 +108,9 @@ def difference(args: argparse.Namespace) -> int:
         cases = list(product(args.models, args.sizes, args.spreads))
         bar = tqdm(cases, unit="model", dynamic_ncols=True)
         rows = [row for case in bar for row in vit_benchmark.random_differences(*case, photo, **options)]
-    origin = {name: version(name) for name in ("torch", "timm")}
-    origin |= dict(fma2d=fma2d_version(), commit=commit(), command=command())
     path = args.out or ROOT / "benchmarks" / "results" / f"vit_{args.report}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *origin], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | origin for row in rows)
+    source = origin(threads=args.threads)
+    write_rows(path, [*rows[0], *ORIGIN], [row | source for row in rows])
     print(f"\n{text_table(list(rows[0]), [list(row.values()) for row in rows])}\n\nrows in {path}")
     return 0
 

@@ -1,10 +1,8 @@
 """One run: a task, an attention layer, a seed. It goes on where it was stopped, and ends as two pieces of CSV."""
 
-import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.records import append_rows, command, commit, default_threads, fma2d_version, machine, version
+from benchmarks import records
 from tools.training import InputError
 from tools.training.checkpoints import load_state, remove_unfinished, save_state
 from tools.training.engine import Processes, Training
@@ -200,16 +198,8 @@ def finished_row(run: Run, model: nn.Module, ratio: float, scores: dict, seconds
         lr=task.lr,
         measure=task.measure,
         cpu_seconds=f"{seconds:.0f}",
-        machine=machine("cpu"),
-        threads=default_threads(),
-        torch=version("torch"),
-        timm=version("timm"),
-        fma2d=fma2d_version(),
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=commit(),
-        command=command(),
     )
-    return {name: as_text((row | scores)[name]) for name in COLUMNS}
+    return {name: as_text((row | scores | records.origin())[name]) for name in COLUMNS}
 
 
 def as_text(value) -> str:
@@ -225,14 +215,10 @@ def read_rows(path: Path, columns: Sequence[str], key: Sequence[str] = (*KEY, "s
     Raises:
         InputError: for a file with other columns.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise InputError(f"{path} has other columns than this version writes; name another folder or remove it")
-        rows = list(reader)
-    return list({tuple(row.get(name) for name in key): row for row in rows}.values())
+    try:
+        return records.latest(records.read_rows(path, columns), key)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -242,4 +228,4 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
 
 def keep_rows(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
     """Append these columns of rows, numbers in few digits."""
-    append_rows(path, columns, [{name: as_text(row[name]) for name in columns} for row in rows])
+    records.append_rows(path, columns, [{name: as_text(row[name]) for name in columns} for row in rows])

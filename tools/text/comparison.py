@@ -8,13 +8,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from benchmarks.records import ROOT, command, commit, fma2d_version, machine, version
+from benchmarks.records import ROOT, origin
 
 from ..training import InputError
 from ..training.recipe import to_yaml
@@ -170,22 +169,7 @@ def csv_row(row: Row, step_ms: str, peak_mib: str, device: str, threads: int) ->
         processor_ms=f"{1000 * sum(float(line['processor_seconds']) for line in log) / result['updates']:.4g}",
         step_ms=step_ms,
         peak_mib=peak_mib,
-        machine=machine(device),
-        threads=threads,
-        torch=version("torch"),
-        fma2d=fma2d_version(),
         text=result["text"],
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=commit(),
-        command=command(),
+        **origin(device, threads),
     )
     return {name: str(facts[name]) for name in COLUMNS}
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """Write rows as a CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
