@@ -18,10 +18,10 @@ help:  ## list the targets
 demo: venv  ## show what fma2d does
 	$(RUN) tools/demo.py
 
-test: venv  ## the tests without the slow ones
+test: lint  ## style, and the tests without the slow ones
 	$(TEST) -m "not slow"
 
-test-all: venv  ## all tests
+test-all: lint  ## style, and all tests
 	$(TEST)
 
 lint: venv  ## style and format
