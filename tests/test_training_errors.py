@@ -78,7 +78,7 @@ def test_finished_run_is_not_lost(images, finished, capsys, words, message):
         (["--model", "fma2d_nan"], "cannot build fma2d_nan"),
         (["--model-kwargs", "{cell_sise: 2}"], "cell_sise"),
         (["--model-kwargs", "{num_classes: 2}"], "model_kwargs num_classes have keys of their own"),
-        (["--attention", "dense"], "model_kwargs cell_size, rank play no part with attention dense"),
+        (["--attention", "dense"], "cell_size, rank cannot be given with attn_layer"),
         (["--opt", "adamx"], "cannot build the optimizer adamx"),
         (["--sched", "plateau"], "cannot build the schedule plateau"),
         (["--warmup-epochs", "3"], "warmup_epochs 3.0 must be less than epochs 2"),
