@@ -125,7 +125,7 @@ def test_other_attention_on_the_same_skeleton(attn_layer):
 
 @pytest.mark.parametrize("cls", [DenseAttention, NearFieldAttention, SpatialReductionAttention, WindowAttention])
 def test_a_class_is_no_attn_layer(cls):
-    """It took the numbers of stage and block for options: `qkv_bias` 0 in the first stage, dropout 1 in second blocks."""
+    """It took the numbers of stage and block for options: no bias in the first stage, dropout 1 in second blocks."""
     with pytest.raises(TypeError, match="positional arguments"):
         timm.create_model("fma2d_nano", attn_layer=cls)
 
