@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,41 +11,32 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 from torch import nn
 
-from fma2d.checkpoint import PARTIAL, check_state_dict, save_checkpoint
+from fma2d.checkpoint import UNFINISHED, check_state_dict, save_checkpoint, write_whole
 
 from . import InputError
 
 STATE_FORMAT = 1
-UNFINISHED = ".unfinished"
 
 
-def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Have `write(temporary path)` write a file, and put it in its place only when it is on disk.
-
-    Raises:
-        InputError: where it cannot be written; what was at `path` is as before.
-    """
-    temporary = None
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is written, whole or not at all, into an `InputError`."""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
-        os.close(descriptor)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         raise InputError(f"cannot write {path}, what was there is kept: {' '.join(str(error).split())}") from None
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with writing(path):
+        write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a run killed while writing has left."""
-    for pattern in (f".*{UNFINISHED}", f"*.safetensors{PARTIAL}"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -56,10 +46,8 @@ def sha256(path: Path) -> str:
 
 def save_weights(model: nn.Module, path: Path, metadata: dict) -> None:
     """Weights as safetensors with their metadata, by `fma2d.checkpoint.save_checkpoint`."""
-    try:
+    with writing(path):
         save_checkpoint(model, path, **metadata)
-    except OSError as error:
-        raise InputError(f"cannot write {path}, what was there is kept: {error}") from None
 
 
 def read_metadata(path: Path) -> dict:
@@ -120,7 +108,8 @@ def load_weights(model: nn.Module, path: Path, name: str, new_head: bool = False
 
 def save_state(path: Path, state: dict) -> None:
     """All that a run needs to go on, as one file that loads under `weights_only=True`."""
-    write_whole(path, lambda temporary: torch.save({"format": STATE_FORMAT, **state}, temporary))
+    with writing(path):
+        write_whole(path, lambda temporary: torch.save({"format": STATE_FORMAT, **state}, temporary))
 
 
 def load_state(path: Path) -> dict:
