@@ -204,6 +204,11 @@ def check_state_dict(
     if missing:
         unknown = [name for name in state_dict if name not in own and not name.endswith(".kernels")]
         problems.append(_some("that the model does not have", unknown))
+        if all(name.startswith("head.") for name in missing):
+            problems.append(
+                "there is no classifier in it: create the model with num_classes=0 or features_only=True, or load with "
+                "strict=False to keep the model's own"
+            )
     raise RuntimeError(
         f"the state dict does not fit {type(model).__name__} ({len(own)} keys without kernels): "
         + "; ".join(filter(None, problems))

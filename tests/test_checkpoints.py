@@ -142,6 +142,10 @@ def test_what_does_not_fit_is_one_error_and_changes_nothing(source):
     for state, words in [
         (half, r"\d+ missing: stages\.0\.\S+, \S+, \S+ and \d+ more"),
         (dict(half, epoch=3), "that the model does not have: epoch"),
+        (
+            create(**SOURCE | dict(num_classes=0)).state_dict(),
+            r"2 missing: head\.fc\.\S+, .*; .* num_classes=0 or featu",
+        ),
         (timm.create_model("fma2d_tiny", num_classes=4).state_dict(), r"\[64, 3, 7, 7\] in the file, \[32, 3, 7, 7\]"),
         (create(**SOURCE | dict(num_classes=9)).state_dict(), r"head\.fc\.weight \(\[9, 256\] in the file"),
         (other_heads, r"blocks\.0\.attn\.kernels \(kernels of 2 axes, 2 heads"),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 from torch import nn
 
+from fma2d.backbone import FMA2DBackbone
 from fma2d.checkpoint import UNFINISHED, check_state_dict, save_checkpoint, write_whole
 
 from . import InputError
@@ -69,8 +70,10 @@ def _decoded(text: str):
         return text
 
 
-def load_weights(model: nn.Module, path: Path, name: str, new_head: bool = False) -> None:
-    """Load a checkpoint, of any kind that timm reads, and print a line about it.
+def load_weights(
+    model: nn.Module, path: Path, name: str, new_head: bool = False, say: Callable[[str], object] = print
+) -> None:
+    """Load a checkpoint, of any kind that timm reads, and `say` what an fma2d model does not report by itself.
 
     Aggregation kernels fit by themselves (`fma2d.checkpoint`); all else must be there in the model's shape, the
     classifier excepted if it is to stay new.
@@ -97,13 +100,18 @@ def load_weights(model: nn.Module, path: Path, name: str, new_head: bool = False
             f"{path} has {len(stored[weight])} classes, not {model.num_classes}; "
             "a training starts a new classifier with init_head: new"
         )
+    elif head and head == {key for key in own if not key.endswith(".kernels")} - stored.keys():
+        raise InputError(f"{path} has no classifier; a training starts a new one with init_head: new")
+    reports = isinstance(model, FMA2DBackbone)
     try:
-        check_state_dict(model, stored)
+        if not reports:
+            check_state_dict(model, stored)
         model.load_state_dict(stored)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
-    matched = sum(not key.endswith(".kernels") for key in own) - len(head) * new_head
-    print(f"weights of {path}: {matched} matched" + ", a new classifier" * new_head)
+    said = [] if reports else [f"{len(own) - len(head) * new_head} matched"]
+    if said := said + ["a new classifier"] * new_head:
+        say(f"weights of {path}: {', '.join(said)}")
 
 
 def save_state(path: Path, state: dict) -> None:

@@ -1,5 +1,6 @@
 """Model, optimizer and schedule of a recipe."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -44,8 +45,8 @@ def build_model(
         raise InputError(f"cannot build {name} with {model_kwargs}: {error}") from None
 
 
-def recipe_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model, with the weights of `init_from`."""
+def recipe_model(recipe: Recipe, num_classes: int, say: Callable[[str], object] = print) -> nn.Module:
+    """The recipe's model, with the weights of `init_from`, of which it may `say` something."""
     model = build_model(
         recipe.model,
         recipe.model_kwargs,
@@ -57,7 +58,7 @@ def recipe_model(recipe: Recipe, num_classes: int) -> nn.Module:
         drop_path_rate=recipe.drop_path_rate,
     )
     if recipe.init_from:
-        load_weights(model, Path(recipe.init_from), recipe.model, new_head=recipe.init_head == "new")
+        load_weights(model, Path(recipe.init_from), recipe.model, new_head=recipe.init_head == "new", say=say)
     elif recipe.init_head == "new":
         raise InputError("init_head new needs init_from, the checkpoint to start from")
     return model
