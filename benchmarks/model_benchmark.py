@@ -11,16 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fma2d  # noqa: F401  (registers its models)
-from fma2d.baselines import SpatialReductionAttention
+from fma2d.baselines import mit_attention
 
 from .harness import GateError, Task, Work, text_table
 from .records import total_mib
 
 MODES = ("inference", "training step")
 CLASSES = 1000
-# MiT's layout: an FMA2D skeleton, with keys and values reduced by these factors in its stages.
+# MiT's layout: an FMA2D skeleton with another attention.
 MIT = {"mit_b0": "fma2d_nano", "mit_b2": "fma2d_tiny", "mit_b3": "fma2d_small"}
-MIT_REDUCTION = (8, 4, 2, 1)
 # Models of about one size, compared with the first.
 CLASSES_OF_SIZE = (
     ("swin_tiny_patch4_window7_224", "fma2d_tiny", "mit_b2"),
@@ -63,11 +62,7 @@ def is_known(name: str) -> bool:
 def create(name: str, size: int, **options) -> nn.Module:
     """A model with random weights for square images of `size` pixels a side."""
     if name in MIT:
-
-        def attention(dim, heads, stage, block):
-            return SpatialReductionAttention(dim, heads, MIT_REDUCTION[stage])
-
-        return timm.create_model(MIT[name], attn_layer=attention)
+        return timm.create_model(MIT[name], attn_layer=mit_attention)
     return timm.create_model(name, img_size=size, **options)
 
 

@@ -7,6 +7,7 @@ from importlib import metadata
 import torch
 
 import fma2d
+from fma2d.ops import BACKENDS
 
 # What is looked for: import name -> the distributions that provide it, each with its tested version (None: not tested).
 PACKAGES = {
@@ -25,7 +26,6 @@ HOW_TO_GET = {
     "mmseg": "for fma2d.mmseg: pip install onedl-mmsegmentation  (or, in the repository, pip install '.[mmseg]')",
     "mmcv": "for fma2d.mmseg: pip install --no-deps mmcv-lite==2.1.0  (its dependencies would overwrite mmengine)",
 }
-BACKENDS = ("reference", "torch", "triton")
 
 
 def installed_version(distribution):

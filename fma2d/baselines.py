@@ -1,17 +1,24 @@
 """Other attention layers for the same skeleton, `[B, H, W, dim]` to the same: for comparisons and warm starts.
 
-Pass one as `attn_layer` of `fma2d.backbone.FMA2DBackbone`: a function of `(dim, num_heads, stage, block)`.
+`fma2d.backbone.FMA2DBackbone` calls its `attn_layer` with `(dim, num_heads, stage, block)` for each block. That is a
+function which makes a layer, `mit_attention` or one of yours; the classes here are no such functions:
+
+    timm.create_model("fma2d_nano", attn_layer=mit_attention)
+    timm.create_model("fma2d_nano", attn_layer=lambda dim, num_heads, stage, block: DenseAttention(dim, num_heads))
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Of keys and values in MiT's stages, a side.
+MIT_REDUCTION = (8, 4, 2, 1)
+
 
 class DenseAttention(nn.Module):
     """Every token attends to every token; the parameters of `FMA2d` without kernels."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, proj_drop: float = 0.0):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -35,8 +42,8 @@ class NearFieldAttention(DenseAttention):
     A full attention matrix under a mask, to measure what a far field is worth; nothing is saved.
     """
 
-    def __init__(self, dim: int, num_heads: int, cell_size: int, qkv_bias: bool = True, proj_drop: float = 0.0):
-        super().__init__(dim, num_heads, qkv_bias, proj_drop)
+    def __init__(self, dim: int, num_heads: int, *, cell_size: int, qkv_bias: bool = True, proj_drop: float = 0.0):
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop)
         self.cell_size = cell_size
 
     def mask(self, height: int, width: int, device: torch.device) -> Tensor:
@@ -53,9 +60,16 @@ class WindowAttention(DenseAttention):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, window: int = 7, shift: int = 0, qkv_bias: bool = True, proj_drop: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window: int = 7,
+        shift: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
     ):
-        super().__init__(dim, num_heads, qkv_bias, proj_drop)
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop)
         self.window, self.shift = window, shift
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +106,7 @@ class WindowAttention(DenseAttention):
 class SpatialReductionAttention(nn.Module):
     """Keys and values of a grid reduced by a strided convolution (MiT, arXiv:2105.15203)."""
 
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, qkv_bias: bool = True, proj_drop: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, *, sr_ratio: int = 1, qkv_bias: bool = True, proj_drop: float = 0.0):
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -110,3 +124,8 @@ class SpatialReductionAttention(nn.Module):
         k, v = self.kv(reduced).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3])))
+
+
+def mit_attention(dim: int, num_heads: int, stage: int, block: int) -> SpatialReductionAttention:
+    """`attn_layer` of MiT: `SpatialReductionAttention` with the ratio of the stage."""
+    return SpatialReductionAttention(dim, num_heads, sr_ratio=MIT_REDUCTION[stage])

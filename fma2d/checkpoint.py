@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log2
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors.torch import save
@@ -23,7 +24,7 @@ from .geometry import subcell_overlaps, tiling
 
 FORMAT_VERSION = 1
 # Suffix of a file that is being written.
-PARTIAL = ".partial"
+UNFINISHED = ".unfinished"
 SETTINGS = ("cell_size", "rank", "levels", "variant", "aggregation", "share_heads")
 
 # Weights that were not loaded must not go unseen, so reports reach stderr also where nobody has set up logging.
@@ -104,6 +105,22 @@ def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]
     return kernels.contiguous(), notes
 
 
+def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Have `write(temporary path)` write a file, and put it in its place only when it is on disk.
+
+    What goes wrong is raised as it is: what was at `path` is as before then, and nothing else is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}{UNFINISHED}")  # another process may write the same file
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> str:
     """Write a model's weights to a safetensors file, whole or not at all.
 
@@ -133,12 +150,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> st
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = _sorted_header(save(tensors, metadata=texts))
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
     return hashlib.sha256(data).hexdigest()
 
 
@@ -192,6 +204,11 @@ def check_state_dict(
     if missing:
         unknown = [name for name in state_dict if name not in own and not name.endswith(".kernels")]
         problems.append(_some("that the model does not have", unknown))
+        if all(name.startswith("head.") for name in missing):
+            problems.append(
+                "there is no classifier in it: create the model with num_classes=0 or features_only=True, or load with "
+                "strict=False to keep the model's own"
+            )
     raise RuntimeError(
         f"the state dict does not fit {type(model).__name__} ({len(own)} keys without kernels): "
         + "; ".join(filter(None, problems))

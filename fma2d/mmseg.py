@@ -6,18 +6,21 @@ this project's configs imports it first: see `MODULE2PACKAGE` below.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
+from textwrap import shorten
 
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from .backbone import FMA2DBackbone
+from .checkpoint import check_state_dict
 from .models import ARCHS
 
 # mmengine finds `_base_ = ["mmseg::..."]` by the distribution, which the maintained continuation has renamed; a name
@@ -29,7 +32,7 @@ except metadata.PackageNotFoundError:
 
 
 class CheckpointError(ValueError):
-    """A file of weights that is not there or does not fit the model; its text says why, in one line."""
+    """A file of weights that is not there, cannot be read or does not fit the model; its text says why, in one line."""
 
 
 @MODELS.register_module()
@@ -42,18 +45,21 @@ class FMA2D(FMA2DBackbone, BaseModule):
     Args:
         arch: a size of the timm models ("base" is `fma2d_base`), or a dict of `dims`, `depths` and `head_dim`.
         in_channels: input channels.
-        out_indices: the stages whose features are returned; later ones are not built.
+        out_indices: the stages whose features are returned, rising, negative ones counted from the end; later stages
+            are left out.
         frozen_stages: the first so many stages are neither trained nor put into training mode; -1 or 0 for none.
         with_cp: recompute the blocks in the backward pass, to save memory.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         init_cfg: `dict(type="Pretrained", checkpoint=file)`, the file a `.pth` or `.safetensors` with the weights of a
             classifier (its head is left out, and said so), of a backbone, or of a whole segmentor or detector, whose
-            `backbone.` part is taken (another one with `prefix=`). Other initialisers of mmengine work as ever.
+            `backbone.` part is taken (another one with `prefix=`). Other initialisers of mmengine work as ever; in a
+            list they come before all that is pretrained.
         **settings: those of `fma2d.backbone.FMA2DBackbone`: `img_size`, `levels`, `cell_size`, `rank`, `variant`,
             `aggregation`, `share_heads`, `backend`, `mlp_ratio`, `qkv_bias`, `proj_drop_rate`, `attn_layer`, `eps`.
             Others are refused.
 
     Raises:
+        TypeError: for settings that there are not.
         ValueError: for settings that are out of range.
         CheckpointError: when weights are loaded that do not fit.
     """
@@ -74,14 +80,19 @@ class FMA2D(FMA2DBackbone, BaseModule):
                 raise ValueError(f"arch must be one of {', '.join(ARCHS)} or a dict, got {arch!r}")
             arch = ARCHS[arch]
         stages = len(arch["dims"])
-        if not out_indices or sorted(set(out_indices)) != list(out_indices) or not 0 <= out_indices[-1] < stages:
-            raise ValueError(f"out_indices must be rising numbers of stages below {stages}, got {tuple(out_indices)}")
+        taken = [i + stages if i < 0 else i for i in out_indices]
+        if not taken or taken != sorted(set(taken) & set(range(stages))):
+            raise ValueError(
+                f"out_indices must be rising numbers of the {stages} stages, each once, got {tuple(out_indices)}"
+            )
+        if idle := sorted({"drop_rate", "global_pool"} & settings.keys()):
+            raise TypeError(f"{', '.join(idle)} cannot be given: there is no classifier")
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f"frozen_stages must be from -1 to {stages}, got {frozen_stages}")
         super().__init__(in_chans=in_channels, num_classes=0, drop_path_rate=drop_path_rate, **arch, **settings)
-        self.stages = self.stages[: out_indices[-1] + 1]
+        self.prune_intermediate_layers(taken)
         self.init_cfg = init_cfg
-        self.out_indices = tuple(out_indices)
+        self.out_indices = tuple(taken)
         self.frozen_stages = frozen_stages
         self.set_grad_checkpointing(with_cp)
         for parameter in self.stages[: max(0, frozen_stages)].parameters():
@@ -96,11 +107,16 @@ class FMA2D(FMA2DBackbone, BaseModule):
         return self
 
     def init_weights(self) -> None:
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get("type") == "Pretrained":
-            self.load_pretrained(**{name: value for name, value in self.init_cfg.items() if name != "type"})
-            self.is_init = True
-        else:
+        init_cfg = self.init_cfg
+        given = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+        pretrained = [cfg for cfg in given if cfg.get("type") in ("Pretrained", PretrainedInit)]
+        if not pretrained or len(pretrained) < len(given):
+            self.init_cfg = [cfg for cfg in given if cfg not in pretrained]
             super().init_weights()
+            self.init_cfg = init_cfg
+        for cfg in pretrained:  # not by mmengine, which takes any file and leaves as it was what the file has not
+            self.load_pretrained(**{name: value for name, value in cfg.items() if name != "type"})
+        self.is_init = True
 
     def load_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: str = "cpu") -> None:
         """Take the weights of a file, see `init_cfg`; every backbone weight but kernels must be there and fit."""
@@ -110,28 +126,16 @@ class FMA2D(FMA2DBackbone, BaseModule):
         if prefix:
             prefix = prefix.rstrip(".") + "."
             state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
-        own = {name: weight for name, weight in state.items() if name.startswith("stages.")}
-        built = {name: weight for name, weight in own.items() if int(name.split(".")[1]) < len(self.stages)}
-        if misfit := self.misfit(built):
-            raise CheckpointError(f"{checkpoint} does not fit this backbone: {misfit}")
-        self.load_state_dict(built)
+        stages = tuple(f"stages.{i}." for i in range(len(self.stages)))
+        built = {name: weight for name, weight in state.items() if name.startswith(stages)}
+        if not built:
+            raise CheckpointError(f"{checkpoint} has no weights of an FMA2D backbone (names that start with 'stages.')")
+        with fitting(checkpoint):
+            check_layout(self, built)
+            self.load_state_dict(built)
         left_out = {".".join(name.split(".")[:2]) for name in state.keys() - built.keys()}
         note = f", left out: {', '.join(sorted(left_out))}" if left_out else ""
         print_log(f"backbone: {len(built)} weights loaded from {checkpoint}{note}", "current", logging.INFO)
-
-    def misfit(self, state: dict[str, Tensor]) -> str | None:
-        """What is wrong with weights meant for this backbone: one line, or None."""
-        if not state:
-            return "it holds no weights of an FMA2D backbone (names that start with 'stages.')"
-        expected = {name: weight for name, weight in self.state_dict().items() if not name.endswith(".kernels")}
-        if (mine := layout(expected)) != (theirs := layout(state)):
-            return f"the file is of {theirs}, the model of {mine}"
-        for name, weight in expected.items():
-            if name not in state:
-                return f"the file has no {name}"
-            if state[name].shape != weight.shape:
-                return f"{name} is {tuple(state[name].shape)} in the file, {tuple(weight.shape)} in the model"
-        return None
 
 
 def layout(state: dict[str, Tensor]) -> str:
@@ -148,6 +152,21 @@ def layout(state: dict[str, Tensor]) -> str:
     return f"no known arch ({text})"
 
 
+def check_layout(backbone: FMA2D, state: dict[str, Tensor]) -> None:
+    """Raise RuntimeError if weights are of another arch than the backbone: it tells more than names and shapes."""
+    if (mine := layout(backbone.state_dict())) != (theirs := layout(state)):
+        raise RuntimeError(f"the file is of {theirs}, the model of {mine}")
+
+
+@contextmanager
+def fitting(filename: str) -> Iterator[None]:
+    """Turn what the loading of weights from a file raises into a `CheckpointError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(f"{filename} does not fit: {one_line(error)}") from None
+
+
 @CheckpointLoader.register_scheme(prefixes=r".*\.safetensors$")
 def load_from_safetensors(filename: str, map_location: str | None = None) -> dict:
     """A safetensors file as mmengine's checkpoints are: `state_dict`, and its metadata as `meta`."""
@@ -157,15 +176,28 @@ def load_from_safetensors(filename: str, map_location: str | None = None) -> dic
 
 
 def read_weights(filename: str, map_location: str = "cpu") -> dict[str, Tensor]:
-    """The state dict in a file, out of what it may be wrapped in; weights averaged beside it (EMA) are not taken."""
+    """The state dict in a file, out of what it may be wrapped in; weights averaged beside it (EMA) are not taken.
+
+    Raises:
+        CheckpointError: if the file is not there or none of weights.
+    """
     try:
         checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {filename} to take weights from") from None
+    except Exception as error:  # whatever unpickling a foreign file raises
+        raise CheckpointError(f"{filename} is not a checkpoint: {one_line(error)}") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{filename} holds no state dict but a {type(checkpoint).__name__}")
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
     return {name.removeprefix("module."): weight for name, weight in checkpoint.items()}
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, or its name if it says nothing; torch may name each weight on a line of its own."""
+    return shorten(str(error) or type(error).__name__, 600)
 
 
 def load_model(model: nn.Module, filename: str) -> None:
@@ -178,9 +210,8 @@ def load_model(model: nn.Module, filename: str) -> None:
     """
     state = read_weights(filename)
     backbone = {n.removeprefix("backbone."): w for n, w in state.items() if n.startswith("backbone.")}
-    if isinstance(model.backbone, FMA2D) and (misfit := model.backbone.misfit(backbone)):
-        raise CheckpointError(f"{filename} does not fit the model of the config: {misfit}")
-    try:
+    with fitting(filename):
+        if isinstance(model.backbone, FMA2D) and backbone:
+            check_layout(model.backbone, backbone)
+        check_state_dict(model, state)
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{filename} does not fit the model of the config: {error}") from None

@@ -8,7 +8,13 @@ from torch._dynamo.testing import CompileCounter
 import fma2d
 from fma2d import layers
 from fma2d.backbone import FMA2DBackbone
-from fma2d.baselines import DenseAttention, SpatialReductionAttention, WindowAttention
+from fma2d.baselines import (
+    DenseAttention,
+    NearFieldAttention,
+    SpatialReductionAttention,
+    WindowAttention,
+    mit_attention,
+)
 
 
 @pytest.mark.parametrize("name, millions, kernel_millions", [("base", 87.8, 0.2), ("large", 196.5, 0.3)])
@@ -106,15 +112,22 @@ def test_mix_ffn_in_bands_is_exact(monkeypatch):
     [
         lambda dim, heads, stage, block: DenseAttention(dim, heads),
         lambda dim, heads, stage, block: WindowAttention(dim, heads, window=7, shift=3 * (block % 2)),
-        lambda dim, heads, stage, block: SpatialReductionAttention(dim, heads, (8, 4, 2, 1)[stage]),
+        mit_attention,
     ],
-    ids=["dense", "window", "spatial_reduction"],
+    ids=["dense", "window", "mit"],
 )
 def test_other_attention_on_the_same_skeleton(attn_layer):
     model = timm.create_model("fma2d_nano", num_classes=4, attn_layer=attn_layer)
     loss = model(torch.randn(2, 3, 64, 96)).square().sum()
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("cls", [DenseAttention, NearFieldAttention, SpatialReductionAttention, WindowAttention])
+def test_a_class_is_no_attn_layer(cls):
+    """It took the numbers of stage and block for options: no bias in the first stage, dropout 1 in second blocks."""
+    with pytest.raises(TypeError, match="positional arguments"):
+        timm.create_model("fma2d_nano", attn_layer=cls)
 
 
 @pytest.mark.parametrize("shift", [0, 2])

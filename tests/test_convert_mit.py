@@ -198,6 +198,8 @@ def test_the_tool_writes_a_file_that_every_road_loads(tmp_path, capsys):
                 assert torch.equal(loaded[key], value)
     with pytest.raises(SystemExit, match="there already"):
         convert_mit.main([str(source), str(output)])
+    with pytest.raises(SystemExit, match="No such file or directory"):
+        convert_mit.main([str(source), str(tmp_path / "nowhere" / "x.safetensors")])
 
 
 def test_what_is_no_readable_mit_is_refused(tmp_path):

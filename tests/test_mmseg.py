@@ -115,6 +115,62 @@ def test_kernels_are_carried_to_another_crop(tmp_path):
     assert model.stages[0].blocks[0].attn.kernels.shape[0] > 1
 
 
+def test_a_list_of_initialisers_loads_as_strictly_as_one(tmp_path):
+    """mmengine loaded what stood in a list: any file, and what it did not hold stayed random, unsaid."""
+    source, path = classifier(), tmp_path / "x.pth"
+    state = source.state_dict()
+    torch.save(state, path)
+    constant = dict(type="Constant", layer="Conv2d", val=0.5)
+    init_cfg = [dict(type="Pretrained", checkpoint=str(path)), constant]
+    model = FMA2D(SMALL, img_size=64, init_cfg=init_cfg)
+    model.init_weights()
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    assert model.init_cfg == init_cfg and model.is_init
+    model = FMA2D(SMALL, img_size=64, init_cfg=[constant])
+    model.init_weights()
+    assert (model.stages[0].patch_embed.proj.weight == 0.5).all()
+    del state["stages.1.norm.bias"]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"1 missing: stages\.1\.norm\.bias"):
+        FMA2D(SMALL, img_size=64, init_cfg=init_cfg).init_weights()
+
+
+def refusals(path, backbone):
+    """What a backbone says to a file of its own, and a segmentor around it to one of its kind: a line each."""
+    segmentor = torch.nn.Module()
+    segmentor.backbone = backbone
+    for load in (backbone.load_pretrained, lambda path: load_model(segmentor, path)):
+        with pytest.raises(CheckpointError) as error:
+            load(str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        yield str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(arch=SMALL), "2 heads of 4 channels do not fit a module of 2 axes, 1 heads of 8 channels"),
+        (dict(arch=SMALL | dict(head_dim=4), share_heads=True), "2 axes, 1 heads of 4 channels"),
+    ],
+    ids=["another head_dim", "kernels shared by heads"],
+)
+def test_kernels_that_do_not_fit_are_refused_in_one_line(options, words, tmp_path):
+    """They were let through, and `load_state_dict` raised what the tools do not catch."""
+    path, settings = tmp_path / "x.pth", dict(img_size=64, cell_size=4)
+    state = FMA2D(SMALL | dict(head_dim=4), **settings).state_dict()
+    torch.save(state | {f"backbone.{name}": weight for name, weight in state.items()}, path)
+    assert all(words in line for line in refusals(path, FMA2D(**options, **settings)))
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"no checkpoint")
+    assert all("is not a checkpoint: " in line for line in refusals(path, FMA2D(SMALL)))
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
+    assert all("no state dict but a Tensor" in line for line in refusals(tmp_path / "tensor.pth", FMA2D(SMALL)))
+
+
 def test_a_file_that_does_not_fit_is_one_clear_error(tmp_path):
     path = str(tmp_path / "nano.pth")
     with pytest.raises(CheckpointError, match="there is no file"):
@@ -128,10 +184,10 @@ def test_a_file_that_does_not_fit_is_one_clear_error(tmp_path):
         FMA2D("base", init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
     del state["stages.1.blocks.1.attn.qkv.bias"]
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match=r"has no stages\.1\.blocks\.1\.attn\.qkv\.bias"):
+    with pytest.raises(CheckpointError, match=r"1 missing: stages\.1\.blocks\.1\.attn\.qkv\.bias"):
         FMA2D("nano", init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
     torch.save(dict(conv=torch.zeros(1)), path)
-    with pytest.raises(CheckpointError, match="holds no weights of an FMA2D backbone"):
+    with pytest.raises(CheckpointError, match="has no weights of an FMA2D backbone"):
         FMA2D("nano", init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
 
 
@@ -146,8 +202,13 @@ def test_a_whole_model_loads_whole_or_not_at_all(tmp_path):
     assert all(torch.equal(weight, state[name]) for name, weight in other.state_dict().items())
     del state["decode_head.conv_seg.bias"]
     save_file(state, tmp_path / "part.safetensors")
-    with pytest.raises(CheckpointError, match=r"decode_head\.conv_seg\.bias"):
+    with pytest.raises(CheckpointError, match=r"1 missing: decode_head\.conv_seg\.bias$"):
         load_model(other, str(tmp_path / "part.safetensors"))
+    state = model.state_dict() | {f"more.{i}": torch.zeros(1) for i in range(500)}
+    save_file(state, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"Unexpected key.*more\.1.*\[\.\.\.\]$") as error:
+        load_model(other, str(tmp_path / "more.safetensors"))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_safetensors_wherever_mmengine_takes_a_checkpoint(tmp_path):
@@ -165,9 +226,16 @@ def test_settings_of_the_backbone():
     assert [f.shape[1] for f in features] == [8, 24]
     features[-1].sum().backward()
     assert {name.split(".")[1] for name, p in model.named_parameters() if p.grad is None} == {"0"}
-    with pytest.raises(TypeError, match="cel_size"):
-        FMA2D("nano", cel_size=4)
-    for bad in (dict(arch="huge"), dict(out_indices=(2, 1)), dict(out_indices=(4,)), dict(frozen_stages=5)):
+    assert model.num_features == 24
+    model = FMA2D(SMALL, out_indices=(-3, 3))
+    assert model.out_indices == (1, 3) and [len(f[0]) for f in model(torch.randn(1, 3, 64, 64))] == [16, 32]
+    for idle in ("cel_size", "drop_rate", "global_pool"):
+        with pytest.raises(TypeError, match=idle):
+            FMA2D("nano", **{idle: 0})
+    for bad in ((), (2, 1), (1, 1), (-1, 3), (4,), (-5, 0)):
+        with pytest.raises(ValueError, match="out_indices"):
+            FMA2D("nano", out_indices=bad)
+    for bad in (dict(arch="huge"), dict(frozen_stages=5)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             FMA2D(**(dict(arch="nano") | bad))
 

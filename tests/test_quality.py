@@ -139,7 +139,7 @@ def test_full_matrix_form_refuses_cut_cells():
 
 def test_near_field_is_that_of_the_cover():
     grid, cell_size = (7, 9), 2
-    mask = NearFieldAttention(4, 1, cell_size).mask(*grid, torch.device("cpu"))
+    mask = NearFieldAttention(4, 1, cell_size=cell_size).mask(*grid, torch.device("cpu"))
     for token in ((0, 0), (3, 4), (6, 8)):
         near, _ = fma2d.cover(grid, cell_size, token)
         row = mask[token[0] * grid[1] + token[1]].view(grid)

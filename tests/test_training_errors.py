@@ -3,10 +3,12 @@
 Each gives one line on stderr and exit status 1, and what was written before is as it was.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from training_cases import command
@@ -15,8 +17,8 @@ from training_cases import images as images
 from training_cases import recipe_file as recipe_file
 
 from tools import train_classifier, validate
-from tools.training import InputError
-from tools.training.checkpoints import load_state, save_state
+from tools.training import InputError, program
+from tools.training.checkpoints import load_state, load_weights, save_state
 from tools.training.recipe import make_recipe, read_values
 
 
@@ -78,7 +80,7 @@ def test_finished_run_is_not_lost(images, finished, capsys, words, message):
         (["--model", "fma2d_nan"], "cannot build fma2d_nan"),
         (["--model-kwargs", "{cell_sise: 2}"], "cell_sise"),
         (["--model-kwargs", "{num_classes: 2}"], "model_kwargs num_classes have keys of their own"),
-        (["--attention", "dense"], "model_kwargs cell_size, rank play no part with attention dense"),
+        (["--attention", "dense"], "cell_size, rank cannot be given with attn_layer"),
         (["--opt", "adamx"], "cannot build the optimizer adamx"),
         (["--sched", "plateau"], "cannot build the schedule plateau"),
         (["--warmup-epochs", "3"], "warmup_epochs 3.0 must be less than epochs 2"),
@@ -169,12 +171,40 @@ def test_bad_checkpoints(images, finished, tmp_path, capsys):
     words = command(finished / "tiny.yaml", root, tmp_path / "run", "--init-from", str(bare))
     assert "has 3 classes, not 2; a training starts a new" in error_line(capsys, train_classifier.main, words)
     assert not (tmp_path / "run").exists()
+    torch.save({key: weights[key] for key in weights if not key.startswith("head.")}, bare)
+    assert f"{bare} has no classifier; a training starts a new one" in error_line(capsys, train_classifier.main, words)
     words += ["--init-head", "new", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]
     assert train_classifier.main(words) == 0
+    assert f"weights of {bare}: a new classifier\n" in capsys.readouterr().out
     kept = load_file(tmp_path / "run" / "last.safetensors")
     assert all(torch.equal(kept[key], weights[key]) for key in kept if not key.startswith("head.fc"))
     bare.unlink()  # a run that goes on does not need it
     assert train_classifier.main([*words, "--resume"]) == 0
+
+
+def test_a_load_is_reported_once(tmp_path, caplog):
+    """By fma2d's models themselves, and in the first process; it was said twice, and by each."""
+    for name, said, reports in (("fma2d_nano", [], 1), ("test_resnet", ["matched"], 0)):
+        model = timm.create_model(name, num_classes=3)
+        torch.save(model.state_dict(), tmp_path / "x.pt")
+        lines = []
+        caplog.clear()
+        load_weights(model, tmp_path / "x.pt", name, say=lines.append)
+        assert [line.split()[-1] for line in lines] == said and len(caplog.records) == reports
+
+
+def test_other_processes_are_silent(monkeypatch, capsys, caplog):
+    def join(args):
+        args.rank, args.world_size, args.local_rank = 1, 2, 1
+        return torch.device("cpu")
+
+    monkeypatch.setattr(program, "init_distributed_device", join)
+    caplog.set_level(logging.INFO, "fma2d.checkpoint")  # as it is; put back after the test
+    _, say = program.start_processes("cpu", deterministic=False)
+    say("a line")
+    model = timm.create_model("fma2d_nano", num_classes=3)
+    model.load_state_dict(model.state_dict())
+    assert capsys.readouterr().out == "" and not caplog.records
 
 
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from fma2d import FMA1d, FMA2d, cover
 from fma2d.baselines import DenseAttention
 from fma2d.ops import reference
 from fma2d.ops.options import Options
+from fma2d.text.attention import make_attention
 from fma2d.visualize import attention_map, draw_attention, draw_cover, model_attention_map
 
 # Rank 4 over cells of 8: sub-cells of several tokens. Rank 3 over cells of 4: sub-cells that share tokens, mean only.
@@ -51,6 +52,23 @@ def test_attention_map_in_half_precision_is_made_in_float32():
     found = attention_map(module, torch.randn(1, 16, 16, 8, dtype=torch.bfloat16), (3, 9))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.sum((-1, -2)), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_attention_map_of_a_text_layer_is_the_gradient_of_its_output(rotary):
+    """Rotary positions were left out of the map: the layer turned its queries and keys where the map did not look."""
+    options = dict(causal=True, cell_size=4, rank=2, context=37, share_heads=False, count_bias=True, dropout=0.0)
+    layer = make_attention("mean", 8, 2, **options, rotary=rotary, backend="torch").double()
+    with torch.no_grad():  # queries and keys read channels 0 to 3; the first value of head h is channel 4 + h
+        layer.qkv.weight.normal_()[:, 4:] = 0
+        layer.qkv.weight[16:] = 0
+        layer.qkv.weight[16, 4] = layer.qkv.weight[20, 5] = 1
+        layer.proj.weight.copy_(torch.eye(8))
+    x = torch.randn(1, 37, 8, dtype=torch.float64, requires_grad=True)
+    found = attention_map(layer, x, (33,))
+    for head in range(2):
+        (grad,) = torch.autograd.grad(layer(x)[0, 33, 4 * head], x)
+        torch.testing.assert_close(found[0, head], grad[0, :, 4 + head], rtol=0, atol=1e-13)
 
 
 def test_attention_map_rejects_a_token_outside_the_grid():

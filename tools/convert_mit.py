@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import fma2d
+from fma2d.checkpoint import write_whole
 
 LICENCE = (
     "NVIDIA Source Code License for SegFormer, non-commercial use (research or evaluation) only; "
@@ -357,9 +358,8 @@ def main(argv: list[str] | None = None) -> None:
             "license": LICENCE,
             "made_by": f"fma2d {fma2d.__version__}, tools/convert_mit.py",
         }
-        part = output.with_name(output.name + ".part")  # so that what lies at `output` is whole
-        save_file(conversion.state, part, metadata)
-        part.replace(output)
+        # Not save_file, whose files only their owner can read.
+        write_whole(output, lambda temporary: temporary.write_bytes(save(conversion.state, metadata)))
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     print(conversion.account())

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     seed_at(WEIGHTS, recipe.seed)
     # A run that goes on needs not what it started from.
     start = dataclasses.replace(recipe, init_from=None, init_head="keep") if stored else recipe
-    model = recipe_model(start, len(images.classes)).to(processes.device)
+    model = recipe_model(start, len(images.classes), say).to(processes.device)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     config = data_config(recipe, model)

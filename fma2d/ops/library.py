@@ -156,7 +156,8 @@ def _backward_flops(q, k, v, kernels, levels, key_mask, out, lse, d_out, d_lse, 
 def _register_flops() -> None:
     # Where triton is missing the import would say so, which is no news here: nothing of it is needed.
     log = logging.getLogger("torch.utils.flop_counter")
-    level, _ = log.level, log.setLevel(logging.ERROR)
+    level = log.level
+    log.setLevel(logging.ERROR)
     from torch.utils.flop_counter import register_flop_formula
 
     log.setLevel(level)

@@ -112,10 +112,13 @@ class MultipoleAttention(FMA1d):
         )
         self.rotary = rotary
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        if self.rotary:
-            q, k = _rotated(q, k, cache)
-        return super().attend(q, k, v, key_mask, cache)
+    def project(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, ...]:
+        """q, k and v `[B, heads, N, head_dim]` of x `[B, N, dim]`, q and k turned by their positions."""
+        q, k, v = super().project(x)
+        return *(_rotated(q, k, cache) if self.rotary else (q, k)), v
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return self.merge(self.attend(*self.project(x, cache), key_mask, cache))
 
     def new_cache(self) -> MultipoleCache:
         return MultipoleCache.of(self)

@@ -83,11 +83,11 @@ def build(task: Task, variant: str, cell_sizes: Sequence[int], rank: int, mlp_ra
             form = DenseFMA2d if prod(task.grids[stage]) <= MATRIX_TOKENS else FMA2d
             return form(dim, heads, cell, rank, levels=stage_levels[stage], **FAR_FIELD[variant])
         if variant == "near":
-            return NearFieldAttention(dim, heads, cell)
+            return NearFieldAttention(dim, heads, cell_size=cell)
         if variant == "window":
-            return WindowAttention(dim, heads, 3 * cell, shift=3 * cell // 2 if block % 2 else 0)
+            return WindowAttention(dim, heads, window=3 * cell, shift=3 * cell // 2 if block % 2 else 0)
         if variant == "reduction":
-            return SpatialReductionAttention(dim, heads, task.reductions[stage])
+            return SpatialReductionAttention(dim, heads, sr_ratio=task.reductions[stage])
         return DenseAttention(dim, heads)
 
     stage_levels = levels(task, cell_sizes)

@@ -6,7 +6,7 @@ from pathlib import Path
 from fma2d.text import save_model
 
 from ..training import InputError
-from ..training.checkpoints import write_whole
+from ..training.checkpoints import write_text, writing
 from ..training.engine import Training
 from ..training.folder import RunFolder
 from ..training.recipe import to_yaml
@@ -51,12 +51,9 @@ class TextFolder(RunFolder):
         note |= dict(metrics={key: row[key] for key in ("epoch", "train_loss", *SCORES) if key in row})
         if self.recipe.task == "classify":
             note["classes"] = self.corpus.classes
-        try:
+        with writing(path):
             save_model(path, training.weights, **note)
-        except OSError as error:
-            raise InputError(f"cannot write {path}, what was there is kept: {error}") from None
 
     def write_result(self, result: dict) -> None:
         """The scores on the test split, for programs."""
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(self.path / RESULT, lambda name: Path(name).write_text(text))
+        write_text(self.path / RESULT, json.dumps(result, indent=1) + "\n")

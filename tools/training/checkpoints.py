@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,41 +11,33 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 from torch import nn
 
-from fma2d.checkpoint import PARTIAL, check_state_dict, save_checkpoint
+from fma2d.backbone import FMA2DBackbone
+from fma2d.checkpoint import UNFINISHED, check_state_dict, save_checkpoint, write_whole
 
 from . import InputError
 
 STATE_FORMAT = 1
-UNFINISHED = ".unfinished"
 
 
-def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Have `write(temporary path)` write a file, and put it in its place only when it is on disk.
-
-    Raises:
-        InputError: where it cannot be written; what was at `path` is as before.
-    """
-    temporary = None
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is written, whole or not at all, into an `InputError`."""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
-        os.close(descriptor)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         raise InputError(f"cannot write {path}, what was there is kept: {' '.join(str(error).split())}") from None
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with writing(path):
+        write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a run killed while writing has left."""
-    for pattern in (f".*{UNFINISHED}", f"*.safetensors{PARTIAL}"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -56,10 +47,8 @@ def sha256(path: Path) -> str:
 
 def save_weights(model: nn.Module, path: Path, metadata: dict) -> None:
     """Weights as safetensors with their metadata, by `fma2d.checkpoint.save_checkpoint`."""
-    try:
+    with writing(path):
         save_checkpoint(model, path, **metadata)
-    except OSError as error:
-        raise InputError(f"cannot write {path}, what was there is kept: {error}") from None
 
 
 def read_metadata(path: Path) -> dict:
@@ -81,8 +70,10 @@ def _decoded(text: str):
         return text
 
 
-def load_weights(model: nn.Module, path: Path, name: str, new_head: bool = False) -> None:
-    """Load a checkpoint, of any kind that timm reads, and print a line about it.
+def load_weights(
+    model: nn.Module, path: Path, name: str, new_head: bool = False, say: Callable[[str], object] = print
+) -> None:
+    """Load a checkpoint, of any kind that timm reads, and `say` what an fma2d model does not report by itself.
 
     Aggregation kernels fit by themselves (`fma2d.checkpoint`); all else must be there in the model's shape, the
     classifier excepted if it is to stay new.
@@ -109,18 +100,24 @@ def load_weights(model: nn.Module, path: Path, name: str, new_head: bool = False
             f"{path} has {len(stored[weight])} classes, not {model.num_classes}; "
             "a training starts a new classifier with init_head: new"
         )
+    elif head and head == {key for key in own if not key.endswith(".kernels")} - stored.keys():
+        raise InputError(f"{path} has no classifier; a training starts a new one with init_head: new")
+    reports = isinstance(model, FMA2DBackbone)
     try:
-        check_state_dict(model, stored)
+        if not reports:
+            check_state_dict(model, stored)
         model.load_state_dict(stored)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
-    matched = sum(not key.endswith(".kernels") for key in own) - len(head) * new_head
-    print(f"weights of {path}: {matched} matched" + ", a new classifier" * new_head)
+    said = [] if reports else [f"{len(own) - len(head) * new_head} matched"]
+    if said := said + ["a new classifier"] * new_head:
+        say(f"weights of {path}: {', '.join(said)}")
 
 
 def save_state(path: Path, state: dict) -> None:
     """All that a run needs to go on, as one file that loads under `weights_only=True`."""
-    write_whole(path, lambda temporary: torch.save({"format": STATE_FORMAT, **state}, temporary))
+    with writing(path):
+        write_whole(path, lambda temporary: torch.save({"format": STATE_FORMAT, **state}, temporary))
 
 
 def load_state(path: Path) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 from fma2d import __version__
 
 from . import InputError
-from .checkpoints import load_state, remove_unfinished, save_state, save_weights, write_whole
+from .checkpoints import load_state, remove_unfinished, save_state, save_weights, write_text
 from .data import Images
 from .engine import Training
 from .log import COLUMNS, EpochLog
@@ -70,7 +70,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot make the output folder {self.path}: {error.strerror}") from None
         remove_unfinished(self.path)
-        write_whole(self.path / "recipe.yaml", lambda name: Path(name).write_text(to_yaml(self.recipe)))
+        write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
         self.log = EpochLog(self.path, epochs, tensorboard, self.columns)
 
     def record(self, training: Training, row: dict, data_config: dict | None = None) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from . import InputError
-from .checkpoints import write_whole
+from .checkpoints import write_text
 
 COLUMNS = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "val_loss", "top1", "top5")
 
@@ -45,7 +45,7 @@ class EpochLog:
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(self.path, lambda temporary: Path(temporary).write_text(text.getvalue()))
+        write_text(self.path, text.getvalue())
         if self.writer:
             for name in self.columns[1:]:
                 if name in row:

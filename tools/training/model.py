@@ -1,5 +1,6 @@
 """Model, optimizer and schedule of a recipe."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -11,28 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fma2d  # noqa: F401  registers its models
-from fma2d.baselines import DenseAttention, SpatialReductionAttention
+from fma2d.baselines import DenseAttention, mit_attention
 
 from . import InputError
 from .checkpoints import load_weights
 from .recipe import Recipe
 
-MIT_SR_RATIOS = (8, 4, 2, 1)
-# What `attention` other than fma leaves without a part.
-FMA_SETTINGS = ("cell_size", "rank", "levels", "variant", "aggregation", "share_heads", "backend", "qkv_bias")
-
-
-def dense_attention(dim: int, num_heads: int, stage: int, block: int) -> nn.Module:
-    """`attn_layer`: every token attends to every token."""
-    return DenseAttention(dim, num_heads)
-
-
-def mit_attention(dim: int, num_heads: int, stage: int, block: int) -> nn.Module:
-    """`attn_layer`: MiT's own, with its ratios of reduction."""
-    return SpatialReductionAttention(dim, num_heads, MIT_SR_RATIOS[stage])
-
-
-ATTENTION = dict(dense=dense_attention, mit=mit_attention)
+# What `attention` may be other than fma: an `attn_layer`.
+ATTENTION = dict(dense=lambda dim, num_heads, stage, block: DenseAttention(dim, num_heads), mit=mit_attention)
 
 
 def build_model(
@@ -49,19 +36,17 @@ def build_model(
     if attention != "fma":
         if not name.startswith("fma2d_"):
             raise InputError(f"attention {attention} can be chosen for fma2d_* models only, not for {name}")
-        if idle := [key for key in FMA_SETTINGS if key in model_kwargs]:
-            raise InputError(f"model_kwargs {', '.join(idle)} play no part with attention {attention}: leave them out")
         kwargs["attn_layer"] = ATTENTION[attention]
     if taken := [key for key in ("num_classes", "in_chans", "attn_layer", *rates) if key in model_kwargs]:
         raise InputError(f"model_kwargs {', '.join(taken)} have keys of their own in a recipe")
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **rates, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"cannot build {name} with {kwargs}: {error}") from None
+        raise InputError(f"cannot build {name} with {model_kwargs}: {error}") from None
 
 
-def recipe_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model, with the weights of `init_from`."""
+def recipe_model(recipe: Recipe, num_classes: int, say: Callable[[str], object] = print) -> nn.Module:
+    """The recipe's model, with the weights of `init_from`, of which it may `say` something."""
     model = build_model(
         recipe.model,
         recipe.model_kwargs,
@@ -73,7 +58,7 @@ def recipe_model(recipe: Recipe, num_classes: int) -> nn.Module:
         drop_path_rate=recipe.drop_path_rate,
     )
     if recipe.init_from:
-        load_weights(model, Path(recipe.init_from), recipe.model, new_head=recipe.init_head == "new")
+        load_weights(model, Path(recipe.init_from), recipe.model, new_head=recipe.init_head == "new", say=say)
     elif recipe.init_head == "new":
         raise InputError("init_head new needs init_from, the checkpoint to start from")
     return model
