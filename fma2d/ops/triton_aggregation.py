@@ -33,27 +33,6 @@ PROGRAMS = 1024
 MAX_ALIGNMENT = 16
 
 
-def summarise(
-    tokens: list[Tensor], kernels: list[Kernels], key_mask: Tensor | None, options: Options, levels: int
-) -> list[list[Tensor]]:
-    """`Summaries(...).lattices`."""
-    return Summaries(tokens, kernels, key_mask, options, levels).lattices
-
-
-def summarise_backward(
-    tokens: list[Tensor],
-    kernels: list[Kernels],
-    key_mask: Tensor | None,
-    options: Options,
-    d_lattices: list[list[Tensor]],
-    d_tokens: list[Tensor],
-    add: bool = True,
-) -> list[Kernels]:
-    """`Summaries(...).backward(...)`, where the summaries were not kept: the way up is done again."""
-    summaries = Summaries(tokens, kernels, key_mask, options, len(d_lattices[0]), learn=True)
-    return summaries.backward(d_lattices, d_tokens, add)
-
-
 class Summaries:
     """Summary tokens of up to three token arrays at the levels 1 to `levels`, made at once.
 
@@ -90,20 +69,20 @@ class Summaries:
                 lattices = [level.summaries[n] for level in made.levels]
                 self.lattices[i] = [x.squeeze(1) for x in lattices] if made.ndim == 1 else lattices
 
-    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], add: bool = True) -> list[Kernels]:
+    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor]) -> list[Kernels]:
         """Gradients from those of the lattices, once.
 
         Args:
             d_lattices: like `lattices`.
-            d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous: where the gradients of the tokens go.
-            add: add to `d_tokens`; else overwrite them (if there is a level), which saves filling and reading them.
+            d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous: where the gradients of the tokens go; whatever
+                they held is overwritten. Without a level they are left alone.
 
         Returns:
             Gradients of the kernels, in their dtypes; zero for levels that the grid does not use.
         """
         grads = [[[torch.zeros_like(w, dtype=torch.float32) for w in axes] for axes in one] for one in self._kernels]
         for group, made in self._passes:
-            made.backward(*[[x[i] for i in group] for x in (d_lattices, d_tokens, grads)], add)
+            made.backward(*[[x[i] for i in group] for x in (d_lattices, d_tokens, grads)])
         pairs = (zip(d, learned, strict=True) for d, learned in zip(grads, self._kernels, strict=True))
         return [[[d.to(w.dtype) for d, w in zip(*axes, strict=True)] for axes in both] for both in pairs]
 
@@ -295,10 +274,9 @@ class _Pass:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             tiles.launch(kernel.__name__, self.device, self.head_dim, self.dtype, launch)
 
-    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], grads: list[Kernels], add: bool) -> None:
+    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], grads: list[Kernels]) -> None:
         """Put the gradients of the tokens into `d_tokens`, and add those of the kernels to `grads` (float32)."""
         self.sources[0].d_views = [self._flat(x.movedim(-2, 1)) for x in d_tokens]
-        self.sources[0].is_written = add
         for level in reversed(self.levels):
             d_summaries = [lattices[level.number - 1].contiguous() for lattices in d_lattices]
             if any(self.kernels):
