@@ -8,6 +8,7 @@ one writer and there are no atomics: results are bitwise repeatable.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -164,12 +165,12 @@ class _Pass:
         for level in self.levels:
             self._summarise(level)
 
-    def _used(self, learned: Kernels, level: int) -> list[Tensor]:
+    def _used(self, learned: Kernels, level: int) -> Sequence[Tensor]:
         if learned:
             return learned[min(level, len(learned)) - 1]
         return _start(level, self.options.cell_size, self.options.rank, self.ndim, self.device)
 
-    def _plan(self, used: list[list[list[Tensor]]], masked: bool) -> list[_Level]:
+    def _plan(self, used: list[list[Sequence[Tensor]]], masked: bool) -> list[_Level]:
         cell_size = self.options.cell_size
         blocks = [
             gcd(*(cell_side(number, cell_size) // w.shape[-1] for axes in kernels for w in axes))
@@ -190,7 +191,7 @@ class _Pass:
             largest += emits
         return plan
 
-    def _fill_tables(self, used: list[list[list[Tensor]]]) -> None:
+    def _fill_tables(self, used: list[list[Sequence[Tensor]]]) -> None:
         """Lay the kernels out by unit: one copy for all levels whose cells have as many."""
         waiting = defaultdict(list)
         for level, kernels in zip(self.levels, used, strict=True):
