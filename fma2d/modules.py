@@ -35,16 +35,17 @@ class _FMA(nn.Module):
         num_heads: int,
         cell_size: int,
         rank: int,
+        *,
         levels: int,
         variant: str,
         aggregation: str,
         share_heads: bool,
-        causal: bool,
         qkv_bias: bool,
         proj_drop: float,
         backend: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        causal: bool = False,
     ):
         super().__init__()
         for name, value in (("dim", dim), ("num_heads", num_heads)):
@@ -195,7 +196,7 @@ class FMA2d(_FMA):
         proj_drop: dropout after the last projection.
         backend: see `multipole_attention`.
         export_levels: None, or run in operations that ONNX knows, for grids of at most this many levels; see
-            `fma2d.ops.exportable`. `backend` and a mask then play no part.
+            `fma2d.ops.exportable`. `backend` then plays no part, and a mask is refused.
         device, dtype: of the parameters.
     """
 
@@ -224,16 +225,15 @@ class FMA2d(_FMA):
             num_heads,
             cell_size,
             rank,
-            levels,
-            variant,
-            aggregation,
-            share_heads,
-            False,
-            qkv_bias,
-            proj_drop,
-            backend,
-            device,
-            dtype,
+            levels=levels,
+            variant=variant,
+            aggregation=aggregation,
+            share_heads=share_heads,
+            qkv_bias=qkv_bias,
+            proj_drop=proj_drop,
+            backend=backend,
+            device=device,
+            dtype=dtype,
         )
         self.export_levels = export_levels
 
@@ -293,16 +293,16 @@ class FMA1d(_FMA):
             num_heads,
             cell_size,
             rank,
-            levels,
-            variant,
-            aggregation,
-            share_heads,
-            causal,
-            qkv_bias,
-            proj_drop,
-            backend,
-            device,
-            dtype,
+            levels=levels,
+            variant=variant,
+            aggregation=aggregation,
+            share_heads=share_heads,
+            causal=causal,
+            qkv_bias=qkv_bias,
+            proj_drop=proj_drop,
+            backend=backend,
+            device=device,
+            dtype=dtype,
         )
         self.count_bias = count_bias
 

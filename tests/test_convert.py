@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fma2d
 from fma2d.ops import reference
-from fma2d.ops.options import Options
+from fma2d.ops.options import Call, Options
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=3)
 VARIANTS = ("loglinear", "linear")
@@ -51,14 +51,14 @@ class Oracle(nn.Module):
         patches = [t[:, :, prefix:].unflatten(2, self.grid) for t in (q, k, v)]
         options = attn.call_options()
         kernels = [options[f"{kind}_kernels"] for kind in ("key", "value", "query")]
-        settings = Options(attn.cell_size, attn.rank, False, True, scale)
-        out, lse = reference.attention(*patches, *kernels, None, settings)
+        call = Call(*patches, *kernels, None, Options(attn.cell_size, attn.rank, False, True, scale))
+        out, lse = reference.attention(call)
         scores = q @ k.mT * scale
         near = scores[:, :, prefix:, :prefix].exp()
         total = lse.flatten(2).exp()[..., None] + near.sum(-1, keepdim=True)
         share = lse.flatten(2).exp()[..., None] / total
         if attn.kernels is None:
-            shares = reference.attention_map(*patches[:2], kernels[0], kernels[2], None, settings)
+            shares = reference.attention_map(call)
             rows = torch.cat((near / total, shares.flatten(2, 3).flatten(3) * share), -1)
             rows = torch.cat((scores[:, :, :prefix].softmax(-1), rows), 2)
             assert torch.allclose(rows.sum(-1), torch.ones_like(rows[..., 0])) and rows.min() >= 0

@@ -379,7 +379,7 @@ def test_the_largest_block_is_seen():
     """The twin of the test above: the dense reference is found out."""
     q = torch.randn(1, 1, 1200, 2)
     with torch.no_grad(), Largest() as largest:
-        reference.attention(q, q, q, [], [], None, None, Options(4, 2, False, True, 1.0))
+        reference.attention(OpCall(q, q, q, [], [], None, None, Options(4, 2, False, True, 1.0)))
     assert largest.elements >= 1200**2 > 2**20
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import BACKENDS, DTYPES, KINDS, Call, assert_same, calls, cotangents, grids, random_call
+from operator_cases import BACKENDS, DTYPES, KERNELS, KINDS, Call, assert_same, calls, cotangents, grids, random_call
 from operator_cases import one_thread as one_thread
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from fma2d import num_levels, start_kernels
 from fma2d.ops import reference
+from fma2d.ops.options import Call as OpCall
 from fma2d.ops.options import Options
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -257,7 +258,8 @@ def test_attention_map_is_the_gradient_of_the_values(backend, call):
     call = Call(call | {"value_kernels": [], "key_mask": mask}).map(lambda x: x[:1], lambda w: w)
     scale = call["q"].shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
     options = Options(call["cell_size"], call["rank"], call["causal"], call["count_bias"], scale)
-    attention = reference.attention_map(call["q"], call["k"], call["key_kernels"], call["query_kernels"], mask, options)
+    tensors = [call[name] for name in (*"qkv", *KERNELS)]
+    attention = reference.attention_map(OpCall(*tensors, mask, options))
     attention = attention[0].flatten(-len(grid)).flatten(1, -2)  # [heads, query, key]
     assert (attention >= 0).all()
     rows = exists[0].flatten(1).expand(attention.shape[:2]).double()

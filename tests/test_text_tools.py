@@ -4,10 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import chain, pairwise
 from math import log
@@ -18,6 +14,7 @@ import pytest
 import torch
 import yaml
 from torch.nn import functional as F
+from training_cases import alone_and_together, check_killed_process, error_line, resumed_run
 
 from benchmarks import text_benchmark
 from benchmarks.records import new_row
@@ -189,38 +186,14 @@ def test_scores_are_those_of_a_plain_loop():
 # Training.
 
 
-class Killed(Exception):
-    pass
-
-
-def same_state(folder, other):
-    one, two = load_state(folder / "state.pt"), load_state(other / "state.pt")
-    assert one["epoch"] == two["epoch"] and one["best"] == two["best"]
-    for part in ("model", "ema"):
-        assert all(torch.equal(one[part][key], two[part][key]) for key in one[part])
-    for state, twin in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(state[key], twin[key]) for key in state)
-
-
 @pytest.mark.parametrize("task", ["causal", "masked", "classify"])
 def test_resumed_run_is_the_unbroken_one(text_file, csv_file, tmp_path, monkeypatch, task):
     keys = dict(task=task) | (dict(source="csv", updates_per_epoch=None) if task == "classify" else {})
-    data = csv_file if task == "classify" else text_file
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train_text.main(command(tmp_path, whole, "--data", data, **keys)) == 0
 
-    def progress(self, done, *rest):
-        if (self.epoch, done) == (2, 2):
-            raise Killed
+    def words(output, *more):
+        return command(tmp_path, output, "--data", csv_file if task == "classify" else text_file, *more, **keys)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_text.Progress, "__call__", progress)
-        train_text.main(command(tmp_path, broken, "--data", data, **keys))
-    assert load_state(broken / "state.pt")["epoch"] == 1
-    random.random(), np.random.rand(), torch.rand(1)
-    assert train_text.main(command(tmp_path, broken, "--data", data, "--resume", **keys)) == 0
-    same_state(whole, broken)
-    assert (whole / "result.json").read_text() == (broken / "result.json").read_text()
+    whole, _ = resumed_run(train_text, words, tmp_path, monkeypatch)
     model = load_model(whole / "last.safetensors")
     assert model.note["task"] == task and model.note["metrics"]["epoch"] == 3
     rows = list(csv.DictReader((whole / "log.csv").open()))
@@ -229,32 +202,14 @@ def test_resumed_run_is_the_unbroken_one(text_file, csv_file, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")])
+@alone_and_together
 def test_killed_process_and_processes(text_file, tmp_path, launcher):
     """SIGKILL in epoch 2, alone and under torchrun (gloo)."""
 
-    def start(output, *more):
-        words = command(tmp_path, output, "--data", text_file, "--progress", 0, *more, updates_per_epoch=20)
-        program = [sys.executable, *launcher, str(ROOT / "tools" / "train_text.py"), *words]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def words(output, *more):
+        return command(tmp_path, output, "--data", text_file, "--progress", 0, *more, updates_per_epoch=20)
 
-    process = start(tmp_path / "whole")
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and f"{2 if launcher else 1} process(es) on cpu" in output, output
-    process = start(tmp_path / "broken")
-    for line in process.stdout:
-        if line.startswith("epoch 2/3  update 3/20"):
-            break
-    if launcher:  # torchrun starts each in a session of its own
-        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-    process.kill()
-    process.wait()
-    process = start(tmp_path / "broken", "--resume")
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and "resuming" in output, output
-    same_state(tmp_path / "whole", tmp_path / "broken")
+    check_killed_process(train_text, words, tmp_path, "epoch 2/3  update 3/20", launcher)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -281,12 +236,10 @@ def test_recipes_build(path):
 # Bad input: one line each, and what was there is kept.
 
 
-def error_line(capsys, words):
-    capsys.readouterr()
-    assert train_text.main(words) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
-    return captured.err
+@pytest.fixture
+def error(capsys):
+    """The line that the trainer prints when it is given unusable arguments."""
+    return lambda words: error_line(capsys, train_text.main, words)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +248,13 @@ def error_line(capsys, words):
         ({}, b"", "text.txt is empty"),
         ({}, b"x" * 400, "text.txt has 20 tokens for val, context 24 needs 25: give more text or a smaller --context"),
         (dict(contxt=8), b"x" * 999, "unknown key contxt; the keys are "),
-        (
-            dict(attention="dense"),
-            b"x" * 999,
-            "attention must be one of fma, fma-linear, mean, full, local, got",
-        ),
-        (dict(attention="fma-linear"), b"x" * 999, "cannot build the model: attention 'fma-linear' is bidirectional"),
-        (dict(rank=3), b"x" * 999, "cannot build the model: rank 3"),
+        (dict(attention="dense"), b"", "cannot build the model: attention must be one of ('fma', 'fma-linear', "),
+        (dict(attention="fma-linear"), b"", "cannot build the model: attention 'fma-linear' is bidirectional"),
+        (dict(position="learned"), b"", "cannot build the model: position must be one of ('sinusoidal', 'rotary')"),
+        (dict(num_heads=0), b"", "cannot build the model: num_heads must be at least 1, got 0"),
+        (dict(context=0), b"", "cannot build the model: context must be at least 1, got 0"),
+        (dict(rank=3), b"", "cannot build the model: rank 3"),
+        (dict(vocab_size=0), b"", "vocab_size must be at least 1, got 0"),
         (dict(source="csv"), b"text,label\n", "task classify and source csv go together"),
         (
             dict(source="csv", task="classify"),
@@ -313,13 +266,13 @@ def error_line(capsys, words):
         (dict(source="tokens", vocab_size=9), b"x" * 999, "text.txt must be a .npy file, or a .bin file of uint16"),
     ],
 )
-def test_bad_texts_and_recipes(text_file, tmp_path, capsys, keys, content, message):
+def test_bad_texts_and_recipes(text_file, tmp_path, error, keys, content, message):
     text_file.write_bytes(content)
-    assert message in error_line(capsys, command(tmp_path, tmp_path / "run", "--data", text_file, **keys))
+    assert message in error(command(tmp_path, tmp_path / "run", "--data", text_file, **keys))
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_token_files(tmp_path, capsys):
+def test_bad_token_files(tmp_path, error):
     path, keys = tmp_path / "tokens.npy", dict(source="tokens", vocab_size=50)
     for tokens, message in (
         (np.arange(2000) % 60, "holds ids 0 to 59; with vocab_size 50 they must be below it"),
@@ -329,16 +282,16 @@ def test_bad_token_files(tmp_path, capsys):
         (np.ones(0, int), "is empty"),
     ):
         np.save(path, tokens)
-        assert message in error_line(capsys, command(tmp_path, tmp_path / "run", "--data", path, **keys))
+        assert message in error(command(tmp_path, tmp_path / "run", "--data", path, **keys))
     path.write_bytes(b"none")
-    assert f"cannot read {path}" in error_line(capsys, command(tmp_path, tmp_path / "run", "--data", path, **keys))
+    assert f"cannot read {path}" in error(command(tmp_path, tmp_path / "run", "--data", path, **keys))
     path = tmp_path / "tokens.bin"
     path.write_bytes(b"odd")
     words = command(tmp_path, tmp_path / "run", "--data", path, **keys)
-    assert "does not hold whole numbers of uint16; see the key token_dtype" in error_line(capsys, words)
+    assert "does not hold whole numbers of uint16; see the key token_dtype" in error(words)
 
 
-def test_bad_labelled_texts(tmp_path, capsys):
+def test_bad_labelled_texts(tmp_path, error):
     path, keys = tmp_path / "texts.csv", dict(task="classify", source="csv", updates_per_epoch=None)
     for text, message in (
         ("", "needs the columns text and label, has none"),
@@ -348,21 +301,21 @@ def test_bad_labelled_texts(tmp_path, capsys):
         ("text,label\nx,1\n", "has no text for train"),
     ):
         path.write_text(text)
-        assert message in error_line(capsys, command(tmp_path, tmp_path / "run", "--data", path, **keys))
+        assert message in error(command(tmp_path, tmp_path / "run", "--data", path, **keys))
     path.write_bytes(b"text,label\n\xff,1\n")
-    assert f"cannot read {path}" in error_line(capsys, command(tmp_path, tmp_path / "run", "--data", path, **keys))
+    assert f"cannot read {path}" in error(command(tmp_path, tmp_path / "run", "--data", path, **keys))
 
 
-def test_run_is_not_lost(text_file, tmp_path, capsys):
+def test_run_is_not_lost(text_file, tmp_path, error):
     def words(*more, **keys):
         return command(tmp_path, tmp_path / "run", "--data", text_file, *more, **keys)
 
     assert train_text.main(words()) == 0
     before = (tmp_path / "run" / "state.pt").read_bytes()
-    assert "holds a run; go on with it by --resume, or choose another --output" in error_line(capsys, words())
-    assert "other hyper-parameters: lr 0.5 (was 0.001)" in error_line(capsys, words("--resume", "--lr", "0.5"))
+    assert "holds a run; go on with it by --resume, or choose another --output" in error(words())
+    assert "other hyper-parameters: lr 0.5 (was 0.001)" in error(words("--resume", "--lr", "0.5"))
     text_file.write_bytes(b"y" * 2000)
-    assert "was trained on other data: sha256 " in error_line(capsys, words("--resume"))
+    assert "was trained on other data: sha256 " in error(words("--resume"))
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 

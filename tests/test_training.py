@@ -2,11 +2,7 @@
 
 import csv
 import hashlib
-import os
 import random
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_cases import TINY, command
+from training_cases import TINY, alone_and_together, check_killed_process, command, resumed_run
 from training_cases import finished as finished
 from training_cases import images as images
 from training_cases import recipe_file as recipe_file
@@ -36,99 +32,33 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob("configs/imagenet/*.yaml")) + sorted(ROOT.glob("configs/digits/*.yaml"))
 
 
-def start(words, launcher=()):
-    """The trainer in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, *launcher, str(ROOT / "tools" / "train_classifier.py"), *words]
-    return subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def assert_same_run(folder, other):
-    """Weights, moving averages, momenta and the log agree to the bit."""
-    one, two = load_state(folder / "state.pt"), load_state(other / "state.pt")
-    assert one["epoch"] == two["epoch"] and one["best"] == two["best"]
-    for part in ("model", "ema"):
-        assert one[part].keys() == two[part].keys()
-        assert all(torch.equal(one[part][key], two[part][key]) for key in one[part])
-    for state, twin in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(state[key], twin[key]) for key in state)
-    assert one["optimizer"]["param_groups"] == two["optimizer"]["param_groups"]
-    for name in ("last.safetensors", "best.safetensors"):
-        weights, twin = load_file(folder / name), load_file(other / name)
-        assert weights.keys() == twin.keys() and all(torch.equal(weights[key], twin[key]) for key in weights)
-        assert read_metadata(folder / name) == read_metadata(other / name)
-    logs = []
-    for path in (folder, other):
-        with (path / "log.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        logs.append([{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows])
-    assert logs[0] == logs[1] and len(logs[0]) == one["epoch"]
-
-
 # Resuming.
 
 
-class Killed(Exception):
-    pass
-
-
-def kill_at(monkeypatch, epoch, update):
-    """Have the trainer stop dead after an update."""
-
-    def progress(self, done, *rest):
-        if (self.epoch, done) == (epoch, update):
-            raise Killed
-
-    monkeypatch.setattr(train_classifier.Progress, "__call__", progress)
-
-
 def test_resumed_run_is_the_unbroken_one(images, recipe_file, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train_classifier.main(command(recipe_file, images, whole)) == 0
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 2, 2)
-        train_classifier.main(command(recipe_file, images, broken))
-    assert load_state(broken / "state.pt")["epoch"] == 1
-    (broken / ".state.pt.x.unfinished").touch()  # as a kill while writing leaves one
-    random.random(), np.random.rand(), torch.rand(1)
-    assert train_classifier.main(command(recipe_file, images, broken, "--resume", "--workers", "1")) == 0
-    assert_same_run(whole, broken)
-    assert sorted(p.name for p in broken.iterdir()) == sorted(p.name for p in whole.iterdir())
+    def words(*more):
+        return command(recipe_file, images, *more)
+
+    whole, broken = resumed_run(train_classifier, words, tmp_path, monkeypatch, "--workers", "1")
     # A run that is done is not changed by going on with it, and another seed makes another run.
     before = (broken / "state.pt").read_bytes()
-    assert train_classifier.main(command(recipe_file, images, broken, "--resume")) == 0
+    assert train_classifier.main(words(broken, "--resume")) == 0
     assert (broken / "state.pt").read_bytes() == before
-    assert train_classifier.main(command(recipe_file, images, tmp_path / "other", "--seed", "1")) == 0
-    with pytest.raises(AssertionError):
-        assert_same_run(whole, tmp_path / "other")
+    assert train_classifier.main(words(tmp_path / "other", "--seed", "1")) == 0
+    one, other = (load_file(folder / "last.safetensors") for folder in (whole, tmp_path / "other"))
+    assert one.keys() == other.keys() and not all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")])
+@alone_and_together
 def test_killed_process_and_processes(images, recipe_file, tmp_path, launcher):
     """SIGKILL in the middle of epoch 2, alone and under torchrun (gloo); at 64 px learned levels stay unused."""
     more = ["--progress", "0", "--model-kwargs", yaml.safe_dump(TINY["model_kwargs"] | dict(levels=3)).strip()]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = start(command(recipe_file, images, whole, *more), launcher)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    assert f"{2 if launcher else 1} process(es) on cpu" in output
 
-    process = start(command(recipe_file, images, broken, *more), launcher)
-    for line in process.stdout:
-        if line.startswith("epoch 2/2  update 1/3"):
-            break
-    if launcher:  # torchrun starts each in a session of its own
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in children:
-            os.kill(int(pid), signal.SIGKILL)
-    process.kill()
-    process.wait()
-    assert load_state(broken / "state.pt")["epoch"] == 1
-    process = start(command(recipe_file, images, broken, *more, "--resume"), launcher)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and "resuming" in output, output
-    assert_same_run(whole, broken)
+    def words(output, *rest):
+        return command(recipe_file, images, output, *more, *rest)
+
+    check_killed_process(train_classifier, words, tmp_path, "epoch 2/2  update 1/3", launcher)
 
 
 def flat(lists):

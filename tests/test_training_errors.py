@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from training_cases import command
+from training_cases import command, error_line
 from training_cases import finished as finished
 from training_cases import images as images
 from training_cases import recipe_file as recipe_file
@@ -20,14 +20,6 @@ from tools import train_classifier, validate
 from tools.training import InputError, program
 from tools.training.checkpoints import load_state, load_weights, save_state
 from tools.training.recipe import make_recipe, read_values
-
-
-def error_line(capsys, program, words):
-    capsys.readouterr()
-    assert program(words) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
-    return captured.err
 
 
 @pytest.mark.parametrize(

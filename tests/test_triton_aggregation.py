@@ -11,6 +11,7 @@ from fma2d.aggregation import Aggregation, BlockSums, level_kernels
 from fma2d.geometry import cell_side, num_levels
 from fma2d.ops import tiles, triton_aggregation
 from fma2d.ops.options import Options
+from fma2d.ops.triton_aggregation import Summaries
 
 pytestmark = on_a_device
 
@@ -85,13 +86,13 @@ class Case:
         found |= {f"gradient of tokens {i}": d.detach().flatten() for i, d in enumerate(d_tokens)}
         return found | {f"gradient of kernel {i}": d.detach().flatten() for i, d in enumerate(d_kernels)}
 
-    def run(self, add=True):
+    def run(self):
         """The results of the Triton aggregation."""
-        call = (self.tokens, self.kernels, self.mask, self.options)
-        lattices = triton_aggregation.summarise(*call, self.levels)
+        call = (self.tokens, self.kernels, self.mask, self.options, self.levels)
+        lattices = Summaries(*call).lattices
         shape = self.tokens[0].movedim(1, -2).shape
-        d_tokens = [torch.full(shape, 0.0 if add else torch.nan, device=DEVICE) for _ in self.tokens]
-        grads = triton_aggregation.summarise_backward(*call, self.d_lattices, d_tokens, add)
+        d_tokens = [torch.full(shape, torch.nan, device=DEVICE) for _ in self.tokens]
+        grads = Summaries(*call, learn=True).backward(self.d_lattices, d_tokens)
         flat = [w for one in grads for axes in one for w in axes]
         assert [d.dtype for d in flat] == [w.dtype for one in self.kernels for axes in one for w in axes]
         return self.named(lattices, d_tokens, flat)
@@ -136,9 +137,9 @@ def test_small_tiles_and_many_turns_give_the_same(masked, monkeypatch):
     assert_within_rule(case.run(), truth, plain, torch.float32)
 
 
-def test_repeats_bitwise_and_overwrites_what_it_need_not_add_to():
+def test_repeats_bitwise():
     case = Case((9, 10), 4, 4, (1, 1), heads=1, masked=True)
-    first, again = case.run(), case.run(add=False)
+    first, again = case.run(), case.run()
     assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
@@ -156,8 +157,9 @@ def test_no_level_no_work(monkeypatch):
     monkeypatch.setattr(triton_aggregation, "_Pass", None)
     x, options = torch.ones(1, 1, 4, 4, 2), Options(4, 4, False, True, 1.0)
     kernels = [[[torch.ones(4, 1, 1, 4)] * 2]]
-    assert triton_aggregation.summarise([x], kernels, None, options, 0) == [[]]
-    [[[d, _]]] = triton_aggregation.summarise_backward([x], kernels, None, options, [[]], [])
+    summaries = Summaries([x], kernels, None, options, 0, learn=True)
+    assert summaries.lattices == [[]]
+    [[[d, _]]] = summaries.backward([[]], [])
     assert d.shape == (4, 1, 1, 4) and (d == 0).all()
 
 

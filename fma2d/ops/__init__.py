@@ -1,7 +1,6 @@
 """The public operator: checks its arguments, chooses a backend, runs it."""
 
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 from inspect import signature
 
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from . import library, reference, tiles
 from .checks import check_call
-from .options import Options
+from .options import Call, Kernels, Options
 
 BACKENDS = ("reference", "torch", "triton")
-Kernels = Sequence[Sequence[Tensor]]
 
 
 def multipole_attention(
@@ -71,7 +69,8 @@ def multipole_attention(
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.attention(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+            call = Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+            out, lse = reference.attention(call)
     else:
         kernels, levels = library.flatten_kernels(key_kernels, value_kernels, query_kernels)
         out, lse = library.multipole_attention(

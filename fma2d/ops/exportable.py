@@ -15,13 +15,12 @@ from torch import Tensor, arange
 
 from ..aggregation import level_kernels
 from ..geometry import cell_side, subcell_overlaps, tiling
+from .options import Kernels
 
 # The score of what is not attended to. Finite: a far field that does not exist has no NaN and loses to any near token.
 ABSENT = -1e30
 # The children of a parent's neighbours are 6 x 6 cells; the parent's own two on an axis are number 2 and 3 of them.
 WINDOW = 6
-
-Kernels = list[list[Tensor]]
 
 
 def attention(

@@ -1,11 +1,12 @@
 """What a call of the operator asks for, checked; the same for every backend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-Kernels = list[list[Tensor]]  # over levels, then axes: `[rank, heads | 1, head_dim | 1, bins]`
+Kernels = Sequence[Sequence[Tensor]]  # over levels, then axes: `[rank, heads | 1, head_dim | 1, bins]`
 
 
 @dataclass(frozen=True)

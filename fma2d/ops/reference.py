@@ -10,53 +10,44 @@ from torch import Tensor
 
 from ..aggregation import level_kernels
 from ..geometry import cell_side, num_cells, num_levels, subcell_overlaps, subcells, tiling
-from .options import Options
+from .options import Call, Options
 
 LETTERS = "xyz"
 TOKENS = "ijl"
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_kernels,
-    value_kernels,
-    query_kernels,
-    key_mask: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def attention(call: Call) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32 or wider."""
-    probabilities, values, lse, exists = _cover(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
+    probabilities, values, lse, exists = _cover(call)
     out = sum(p @ x for p, x in zip(probabilities, values, strict=True))
     # Kernels of levels that the grid does not use take part too: their gradient is zero, not None.
-    for kernels in (key_kernels, value_kernels, query_kernels or []):
+    for kernels in (call.key_kernels, call.value_kernels, call.query_kernels or []):
         for kernel in (w for level in kernels for w in level):
             out = out + kernel.flatten()[:0].sum().to(out.dtype)
     out = torch.where(exists[..., None], out, 0)
-    return out.unflatten(2, q.shape[2:-1]).to(q.dtype), lse.unflatten(2, q.shape[2:-1])
+    grid = call.q.shape[2:-1]
+    return out.unflatten(2, grid).to(call.q.dtype), lse.unflatten(2, grid)
 
 
-def attention_map(
-    q: Tensor, k: Tensor, key_kernels, query_kernels, key_mask: Tensor | None, options: Options
-) -> Tensor:
+def attention_map(call: Call) -> Tensor:
     """`[B, heads, *grid (query), *grid (key)]`: how much each query attends to each token; rows sum to 1.
 
     Near probabilities as they are, that of a summary token spread over its existing tokens by their overlap with the
-    sub-cell.
+    sub-cell. Values play no part.
     """
-    probabilities, _, _, exists = _cover(q, k, k, key_kernels, [], query_kernels, key_mask, options)
-    grid, total = q.shape[2:-1], probabilities[0]
-    tokens_exist = _tokens_exist(q, key_mask, total.dtype)
+    probabilities, _, _, exists = _cover(call)
+    grid, total = call.q.shape[2:-1], probabilities[0]
+    tokens_exist = _tokens_exist(call.q, call.key_mask, total.dtype)
     for level, p in enumerate(probabilities[1:], 1):
-        share = _overlap_matrix(grid, level, options, total) * tokens_exist[:, None]
+        share = _overlap_matrix(grid, level, call.options, total) * tokens_exist[:, None]
         count = share.sum(-1, keepdim=True)
         total = total + p @ (share / torch.where(count > 0, count, 1))[:, None]
     return torch.where(exists[..., None], total, 0).unflatten(3, grid).unflatten(2, grid)
 
 
-def _cover(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options):
+def _cover(call: Call) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Lists over the near field and the levels: probabilities `[B, heads, n, entries]`, values; lse; existence."""
+    q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options = call
     grid = q.shape[2:-1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if key_mask is not None:

@@ -8,6 +8,7 @@ one writer and there are no atomics: results are bitwise repeatable.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,27 +32,6 @@ MAX_RANKS = 8
 PROGRAMS = 1024
 # Strides are passed in units of their common divisor up to this; 16 bytes are the most that is loaded at once.
 MAX_ALIGNMENT = 16
-
-
-def summarise(
-    tokens: list[Tensor], kernels: list[Kernels], key_mask: Tensor | None, options: Options, levels: int
-) -> list[list[Tensor]]:
-    """`Summaries(...).lattices`."""
-    return Summaries(tokens, kernels, key_mask, options, levels).lattices
-
-
-def summarise_backward(
-    tokens: list[Tensor],
-    kernels: list[Kernels],
-    key_mask: Tensor | None,
-    options: Options,
-    d_lattices: list[list[Tensor]],
-    d_tokens: list[Tensor],
-    add: bool = True,
-) -> list[Kernels]:
-    """`Summaries(...).backward(...)`, where the summaries were not kept: the way up is done again."""
-    summaries = Summaries(tokens, kernels, key_mask, options, len(d_lattices[0]), learn=True)
-    return summaries.backward(d_lattices, d_tokens, add)
 
 
 class Summaries:
@@ -90,20 +70,20 @@ class Summaries:
                 lattices = [level.summaries[n] for level in made.levels]
                 self.lattices[i] = [x.squeeze(1) for x in lattices] if made.ndim == 1 else lattices
 
-    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], add: bool = True) -> list[Kernels]:
+    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor]) -> list[Kernels]:
         """Gradients from those of the lattices, once.
 
         Args:
             d_lattices: like `lattices`.
-            d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous: where the gradients of the tokens go.
-            add: add to `d_tokens`; else overwrite them (if there is a level), which saves filling and reading them.
+            d_tokens: float32 `[B, *grid, heads, head_dim]`, contiguous: where the gradients of the tokens go; whatever
+                they held is overwritten. Without a level they are left alone.
 
         Returns:
             Gradients of the kernels, in their dtypes; zero for levels that the grid does not use.
         """
         grads = [[[torch.zeros_like(w, dtype=torch.float32) for w in axes] for axes in one] for one in self._kernels]
         for group, made in self._passes:
-            made.backward(*[[x[i] for i in group] for x in (d_lattices, d_tokens, grads)], add)
+            made.backward(*[[x[i] for i in group] for x in (d_lattices, d_tokens, grads)])
         pairs = (zip(d, learned, strict=True) for d, learned in zip(grads, self._kernels, strict=True))
         return [[[d.to(w.dtype) for d, w in zip(*axes, strict=True)] for axes in both] for both in pairs]
 
@@ -185,12 +165,12 @@ class _Pass:
         for level in self.levels:
             self._summarise(level)
 
-    def _used(self, learned: Kernels, level: int) -> list[Tensor]:
+    def _used(self, learned: Kernels, level: int) -> Sequence[Tensor]:
         if learned:
             return learned[min(level, len(learned)) - 1]
         return _start(level, self.options.cell_size, self.options.rank, self.ndim, self.device)
 
-    def _plan(self, used: list[list[list[Tensor]]], masked: bool) -> list[_Level]:
+    def _plan(self, used: list[list[Sequence[Tensor]]], masked: bool) -> list[_Level]:
         cell_size = self.options.cell_size
         blocks = [
             gcd(*(cell_side(number, cell_size) // w.shape[-1] for axes in kernels for w in axes))
@@ -211,7 +191,7 @@ class _Pass:
             largest += emits
         return plan
 
-    def _fill_tables(self, used: list[list[list[Tensor]]]) -> None:
+    def _fill_tables(self, used: list[list[Sequence[Tensor]]]) -> None:
         """Lay the kernels out by unit: one copy for all levels whose cells have as many."""
         waiting = defaultdict(list)
         for level, kernels in zip(self.levels, used, strict=True):
@@ -295,10 +275,9 @@ class _Pass:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             tiles.launch(kernel.__name__, self.device, self.head_dim, self.dtype, launch)
 
-    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], grads: list[Kernels], add: bool) -> None:
+    def backward(self, d_lattices: list[list[Tensor]], d_tokens: list[Tensor], grads: list[Kernels]) -> None:
         """Put the gradients of the tokens into `d_tokens`, and add those of the kernels to `grads` (float32)."""
         self.sources[0].d_views = [self._flat(x.movedim(-2, 1)) for x in d_tokens]
-        self.sources[0].is_written = add
         for level in reversed(self.levels):
             d_summaries = [lattices[level.number - 1].contiguous() for lattices in d_lattices]
             if any(self.kernels):

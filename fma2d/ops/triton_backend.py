@@ -204,7 +204,7 @@ class _Run:
                 extents = [x[-self.ndim :] for x in self.extents]
                 levels.extend(d.unflatten(1, x) for d, x in zip(pieces, extents, strict=True))
             extra = [self._numbers(*self.shape) for _ in self.summarised]
-        grads = self.summaries.backward(d_levels, extra, add=False)
+        grads = self.summaries.backward(d_levels, extra)
         keys_values, queries = grads[-2:], grads[:-2]
         return [None] * (3 - len(extra)) + extra, [*keys_values, *(queries or [[]])]
 

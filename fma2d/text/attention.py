@@ -79,37 +79,8 @@ class MultipoleAttention(FMA1d):
         The others as in `FMA1d`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        cell_size: int,
-        rank: int,
-        *,
-        levels: int,
-        causal: bool,
-        variant: str,
-        aggregation: str,
-        share_heads: bool,
-        count_bias: bool,
-        proj_drop: float,
-        backend: str,
-        rotary: bool,
-    ):
-        super().__init__(
-            dim,
-            num_heads,
-            cell_size,
-            rank,
-            levels=levels,
-            causal=causal,
-            variant=variant,
-            aggregation=aggregation,
-            share_heads=share_heads,
-            count_bias=count_bias,
-            proj_drop=proj_drop,
-            backend=backend,
-        )
+    def __init__(self, *args, rotary: bool, **settings):
+        super().__init__(*args, **settings)
         self.rotary = rotary
 
     def project(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from torch import nn
 
 from fma2d.text import CausalLM, MaskedLM, SequenceClassifier
@@ -26,23 +27,8 @@ class TextRecipe(CommonRecipe):
         task=("causal", "masked", "classify"),
         source=("embedded", "bytes", "tokens", "csv"),
         token_dtype=("uint16", "uint32"),
-        attention=(*LONG_RANGE, "full", "local"),
-        position=("sinusoidal", "rotary"),
     )
-    AT_LEAST: ClassVar[dict] = CommonRecipe.AT_LEAST | dict.fromkeys(
-        (
-            "vocab_size",
-            "dim",
-            "depth",
-            "num_heads",
-            "cell_size",
-            "rank",
-            "context",
-            "updates_per_epoch",
-            "eval_windows",
-        ),
-        1,
-    )
+    AT_LEAST: ClassVar[dict] = CommonRecipe.AT_LEAST | dict(vocab_size=1, updates_per_epoch=1, eval_windows=1)
 
     task: Annotated[str, "causal or masked language model, or classify"] = "causal"
     source: Annotated[
@@ -89,6 +75,9 @@ class TextRecipe(CommonRecipe):
             raise InputError(f"{where}: vocab_size is needed for source tokens, and for nothing else")
         if not 0 < self.mask_rate < 1:
             raise InputError(f"{where}: mask_rate must be between 0 and 1, got {self.mask_rate}")
+        # The model has checks of its own: it is made here without weights, before texts are read for it.
+        with torch.device("meta"):
+            text_model(self, num_classes=2)
 
     @property
     def ids(self) -> int:
