@@ -2,10 +2,16 @@
 
 import contextlib
 import io
+import os
 import re
+from argparse import PARSER, ArgumentParser
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import griffe
+import pytest
 import yaml
 from markdown.extensions.toc import slugify
 
@@ -23,7 +29,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?<![\w./-])((?:\.ci|benchmarks|configs|docs|fma2d|requirements|tests|tools)/[\w./-]+\.\w+)\b")
 NAME = re.compile(r"(?<![\w./-])fma2d\.(?!md\b)([A-Za-z_][\w.]*\w)")
 COMMAND = re.compile(r"(?<![\w./-])((?:tools|benchmarks)/\w+\.py)((?:\\\n|[^\n#`|])*)")
-OPTION = re.compile(r"(?<!\S)--([a-z][\w-]*)")
+OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
 
 
 def anchors(page):
@@ -46,16 +52,34 @@ def broken_links(page):
     return broken
 
 
+@cache
+def options_of(program):
+    """The options of a program and of its subcommands, from its parser; nothing is parsed."""
+    pytest.importorskip("fma2d.ops.triton_backend")  # before a program that reads Triton's settings otherwise
+    with patch.dict(os.environ):  # tools/kernel_report.py sets them for its own process
+        main = import_module(program.removesuffix(".py").replace("/", ".")).main
+    with (
+        patch.object(ArgumentParser, "parse_args", autospec=True, side_effect=SystemExit) as parse_args,
+        pytest.raises(SystemExit),
+    ):
+        main([])
+    parsers = [parse_args.call_args.args[0]]
+    for parser in parsers:
+        for action in parser._actions:
+            if action.nargs == PARSER:
+                parsers += action.choices.values()
+    return {name for parser in parsers for action in parser._actions for name in action.option_strings}
+
+
 def unknown_options(text):
-    """Options in the commands of a text whose name stands nowhere in the program or in what it is made of."""
-    unknown = []
-    for program, arguments in COMMAND.findall(text):
-        if (ROOT / program).exists():
-            parts = [ROOT / program, ROOT / "tools" / "mmseg_runs.py", *(ROOT / "tools" / "training").glob("*.py")]
-            source = "".join(part.read_text() for part in parts)
-            options = OPTION.findall(arguments)
-            unknown += [f"{program} --{o}" for o in options if o not in source and o.replace("-", "_") not in source]
-    return unknown
+    """Options in the commands of a text that their programs do not have."""
+    return [
+        f"{program} {option}"
+        for program, arguments in COMMAND.findall(text)
+        if (ROOT / program).exists()
+        for option in OPTION.findall(arguments)
+        if option not in options_of(program)
+    ]
 
 
 def wrong_output(page):
@@ -198,3 +222,5 @@ def test_the_checks_find_what_is_wrong(tmp_path):
     page.write_text("```python\nprint(1 + 1)\n# 2\n```\n```python\nprint(1 + 1)\n# 3\n```\n")
     assert wrong_output(page) == ["print(1 + 1)\n# 3\n2\n"]
     assert unknown_options("python tools/plot.py x.csv \\\n    --out y --gone  # --comment") == ["tools/plot.py --gone"]
+    commands = "tools/train_text.py --lr 1 --rate 1\ntools/compare_text.py table --seed 1 --lr 1"
+    assert unknown_options(commands) == ["tools/train_text.py --rate", "tools/compare_text.py --lr"]

@@ -1,8 +1,5 @@
 """The exportable formulation against the definition, and what exporters make of it."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -11,15 +8,7 @@ from torch.export import Dim
 import fma2d
 from fma2d.backbone import FMA2DBackbone
 from fma2d.ops import exportable
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def tool():
-    spec = importlib.util.spec_from_file_location("export_tool", ROOT / "tools" / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import export
 
 
 @pytest.mark.parametrize("variant", ["linear", "loglinear"])
@@ -85,7 +74,7 @@ def small(**options):
 def standard():
     """`small()` in standard operations, exported."""
     with timm.layers.set_exportable(True):
-        return tool().export(small(), 64, batch=2, min_size=8)
+        return export.export(small(), 64, batch=2, min_size=8)
 
 
 def test_torch_export_with_open_sizes(standard):
@@ -106,7 +95,6 @@ def test_torch_export_with_open_sizes(standard):
 def test_onnx_with_open_sizes(standard, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export = tool()
     export.write_onnx(standard, tmp_path / "model.onnx")
     runner = export.onnx_runner(tmp_path / "model.onnx")
     found = list(export.compare(small(), {"onnx": runner}, 2, [(64, 48), (21, 29), (8, 16)]))
@@ -117,7 +105,7 @@ def test_onnx_with_open_sizes(standard, tmp_path):
 @pytest.mark.slow
 def test_the_tool_exports_and_checks_a_model(tmp_path, capsys):
     arguments = ["fma2d_nano", "--max-size", "192", "--num-classes", "5", "--out", str(tmp_path)]
-    assert tool().main([*arguments, "--model-kwargs", "cell_size=4", "depths=(1,1,1,1)"]) == 0
+    assert export.main([*arguments, "--model-kwargs", "cell_size=4", "depths=(1,1,1,1)"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "levels" in line]
     assert len(lines) == 6 and "[3, 2, 1, 0]" in lines[0] and "95 x 64" in lines[2] and "[1, 0, 0, 0]" in lines[4]
     assert {path.name for path in tmp_path.iterdir()} >= {"fma2d_nano_192.pt2", "fma2d_nano_192.onnx"}
@@ -130,5 +118,5 @@ def test_the_tool_says_what_is_wrong(tmp_path, capsys):
         (["fma2d_nano", "--model-kwargs", "window=7"], "window"),
     ]:
         with pytest.raises(SystemExit):
-            tool().main([*arguments, "--out", str(tmp_path)])
+            export.main([*arguments, "--out", str(tmp_path)])
         assert words in capsys.readouterr().err

@@ -11,7 +11,8 @@ import timm
 import torch
 from operator_cases import assert_within_rule, cotangents, random_call
 from operator_cases import one_thread as one_thread
-from test_operator_backends import LAYOUTS, assert_fake_has_the_layout, op_arguments
+from test_operator_backends import LAYOUTS
+from test_operator_library import assert_fake_has_the_layout, op_arguments
 from triton_cases import DEVICE, INTERPRETED, on_a_device, to_device
 from triton_cases import poison as poison
 

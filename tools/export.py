@@ -1,4 +1,4 @@
-"""Write a model as a torch.export program and as ONNX, with batch, height and width left open, and check both.
+"""Write a model as a torch.export program and as ONNX, with height and width left open, and check both.
 
 The model is made with timm's `exportable=True`: standard operations only, and the levels of `--max-size` unrolled.
 Smaller images have fewer levels; the others then contribute nothing. Both files are run at three sizes with different
