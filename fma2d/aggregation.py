@@ -173,7 +173,8 @@ class Aggregation:
         for _, x, exist in self._pieces(tokens):
             summary = self._convolve(x)
             if exist is not None:
-                summary = summary * self._existence(exist)[0]
+                whole, left, full = self._existence(exist)
+                summary = torch.where(full, summary, _ratio(summary, left) * whole)
             pieces.append(self._lattice(summary))
         return _join(pieces)
 
@@ -186,10 +187,12 @@ class Aggregation:
         for cells, x, exist in self._pieces(tokens, copied=True):
             d = self._cells(grad[:, cells.start * self.parts[0] : cells.stop * self.parts[0]])
             if exist is not None:
-                scale, left, cut = self._existence(exist)
-                d_scale = (d * self._convolve(x)).sum_to_size(scale.shape)
-                d_weight += self._existence_backward(exist, scale, left, cut, d_scale)
-                d = d * scale
+                whole, left, full = self._existence(exist)
+                # Not inf, which times the 0 that comes from a summary of no token would be NaN.
+                scale = _ratio(whole, left).clamp(max=torch.finfo(x.dtype).max)
+                d_whole = (d * _ratio(self._convolve(x), left)).masked_fill(full, 0).sum_to_size(scale.shape)
+                d_weight += self._existence_backward(exist, d_whole, d_whole * scale)
+                d = torch.where(full, d, d * scale)
             d_x, d_w = self._convolve_backward(x, d)
             d_weight += d_w.sum_to_size(d_weight.shape)
             for into, part in zip(d_sums, d_x.split(heads, -2), strict=True):
@@ -235,22 +238,21 @@ class Aggregation:
         return weight.reshape(*weight.shape[:2], 1, *_planar(self.bins))
 
     def _existence(self, exist: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What summaries are scaled by, the weight left in each cell, and whether cell and weight are cut.
+        """The whole weight of a cell, what existing tokens leave of it, and whether all of the cell's tokens exist.
 
-        Each is `[p | 1, B | 1, *cells, heads | 1, head_dim | 1]`.
+        Each is `[p | 1, B | 1, *cells | 1, heads | 1, head_dim | 1]`. What a cell that is not full gives is scaled by
+        `whole / left`; the sum is divided first, so that a small rest of the weight makes no inf.
         """
         blocks, size = self._blocks(exist)[0, 0], self.weight.abs()
         cells = (exist.shape[0], *(-(-n // b) for n, b in zip(exist.shape[1:], self.bins, strict=False)))
         left = (size.flatten(3) @ blocks.mT).movedim(-1, 1).unflatten(1, cells)
-        whole = self._whole(size)
         full = (blocks.sum(-1) == self.side ** len(self.grid)).unflatten(0, cells)[None, ..., None, None]
-        return torch.where(full, 1, _ratio(whole, left)), left, ~full & (left > 0)
+        return self._whole(size), left, full
 
-    def _existence_backward(self, exist: Tensor, scale: Tensor, left: Tensor, cut: Tensor, d_scale: Tensor) -> Tensor:
-        """The gradient of the weight from that of the scale."""
-        d_whole = torch.where(cut, d_scale / torch.where(cut, left, 1), 0)
-        d_left = (-d_whole * scale).flatten(1, -3).movedim(1, -1)
-        d_size = (d_left @ self._blocks(exist)[0, 0]).unflatten(-1, self.bins)
+    def _existence_backward(self, exist: Tensor, d_whole: Tensor, d_lost: Tensor) -> Tensor:
+        """The gradient of the weight from that of the whole weight, and from the negative of that of what is left."""
+        d_lost = d_lost.flatten(1, -3).movedim(1, -1)
+        d_size = (-d_lost @ self._blocks(exist)[0, 0]).unflatten(-1, self.bins)
         d_whole = d_whole.sum(list(range(1, d_whole.dim() - 2)))
         d_size = d_size + d_whole.reshape(*d_whole.shape, *(1,) * len(self.bins)) * prod(self.block)
         return self.weight.sign() * d_size
@@ -301,9 +303,9 @@ class Aggregation:
         return summary
 
 
-def _ratio(whole: Tensor, left: Tensor) -> Tensor:
-    """`whole / left`, and 0 where nothing is left."""
-    return torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
+def _ratio(x: Tensor, left: Tensor) -> Tensor:
+    """`x / left`, and 0 where nothing is left."""
+    return torch.where(left > 0, x / torch.where(left > 0, left, 1), 0)
 
 
 def _rows_at_once(x: Tensor, dtype: torch.dtype, multiple: int, copied: bool = False) -> int:

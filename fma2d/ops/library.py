@@ -15,6 +15,9 @@ from torch import Tensor
 from ..geometry import count_pairs
 from .options import Call, Options
 
+# Schemas in words of their own: before torch 2.7, none could be inferred from `list[Tensor]`.
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] kernels, SymInt[] levels, Tensor? key_mask"
+SETTINGS = "SymInt cell_size, SymInt rank, bool causal, bool count_bias, float scale, str backend"
 # Module with forward and backward of each backend behind the op; imported when first used.
 BACKENDS = {"torch": ".blocked", "triton": ".triton_backend"}
 
@@ -31,64 +34,38 @@ def _unflatten_kernels(flat: list[Tensor], levels: list[int], ndim: int):
     return (*groups, None) if len(levels) == 2 else tuple(groups)
 
 
-def _run(step: str, backend: str, q: Tensor, k: Tensor, v: Tensor, kernels, levels, key_mask, settings, *saved: Tensor):
+def _run(step: str, q: Tensor, k: Tensor, v: Tensor, kernels, levels, key_mask, settings, *saved: Tensor):
     """Run a backend's `forward` or `backward`, without autograd and with autocast's hands off."""
-    module = import_module(BACKENDS[backend], __package__)
-    options = Options(*settings)
+    *settings, backend = settings
+    module, options = import_module(BACKENDS[backend], __package__), Options(*settings)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         groups = _unflatten_kernels(kernels, levels, q.dim() - 3)
         return getattr(module, step)(Call(q, k, v, *groups, key_mask, options), *saved)
 
 
-@torch.library.custom_op("fma2d::multipole_attention", mutates_args=())
-def multipole_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernels: list[Tensor],
-    levels: list[int],
-    key_mask: Tensor | None,
-    cell_size: int,
-    rank: int,
-    causal: bool,
-    count_bias: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    settings = (cell_size, rank, causal, count_bias, scale)
-    return _run("forward", backend, q, k, v, kernels, levels, key_mask, settings)
+@torch.library.custom_op(
+    "fma2d::multipole_attention", mutates_args=(), schema=f"({INPUTS}, {SETTINGS}) -> (Tensor, Tensor)"
+)
+def multipole_attention(q, k, v, kernels, levels, key_mask, *settings):
+    """Attention's result and its log-sum-exp."""
+    return _run("forward", q, k, v, kernels, levels, key_mask, settings)
 
 
 @multipole_attention.register_fake
-def _(q, k, v, kernels, levels, key_mask, cell_size, rank, causal, count_bias, scale, backend):
+def _(q, k, v, kernels, levels, key_mask, *settings):
     channels_last = (q.shape[0], *q.shape[2:-1], q.shape[1])
     out = q.new_empty(*channels_last, q.shape[-1]).movedim(-2, 1)
     return out, q.new_empty(channels_last, dtype=torch.promote_types(q.dtype, torch.float32)).movedim(-1, 1)
 
 
-@torch.library.custom_op("fma2d::multipole_attention_backward", mutates_args=())
-def multipole_attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernels: list[Tensor],
-    levels: list[int],
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor,
-    cell_size: int,
-    rank: int,
-    causal: bool,
-    count_bias: bool,
-    scale: float,
-    backend: str,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "fma2d::multipole_attention_backward",
+    mutates_args=(),
+    schema=f"({INPUTS}, Tensor out, Tensor lse, Tensor d_out, Tensor d_lse, {SETTINGS}) -> Tensor[]",
+)
+def multipole_attention_backward(q, k, v, kernels, levels, key_mask, out, lse, d_out, d_lse, *settings):
     """Gradients of q, k, v, then of the flat kernels."""
-    settings = (cell_size, rank, causal, count_bias, scale)
-    saved = (out, lse, d_out, d_lse)
-    d_tokens, d_kernels = _run("backward", backend, q, k, v, kernels, levels, key_mask, settings, *saved)
+    d_tokens, d_kernels = _run("backward", q, k, v, kernels, levels, key_mask, settings, out, lse, d_out, d_lse)
     return [*d_tokens, *flatten_kernels(*d_kernels)[0]]
 
 

@@ -62,12 +62,12 @@ def _cover(call: Call) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     scores = [queries @ k.flatten(2, -2).mT * options.scale]
     scores[0] = scores[0].masked_fill(~(near & tokens_exist[:, None, None]), -torch.inf)
     for level in range(1, num_levels(grid, options.cell_size) + 1):
-        keys = _summaries(k, key_kernels, level, tokens_exist, options)
-        values.append(_summaries(v, value_kernels, level, tokens_exist, options))
+        count = _overlap_matrix(grid, level, options, q) @ tokens_exist.to(dtype)[:, :, None] / options.rank
+        keys = _summaries(k, key_kernels, level, tokens_exist, count, options)
+        values.append(_summaries(v, value_kernels, level, tokens_exist, count, options))
         if query_kernels is not None:
             own_subcell = _relation(grid, level, options, q.device)[1]
-            queries = _summaries(q, query_kernels, level, tokens_exist, options)[:, :, own_subcell]
-        count = _overlap_matrix(grid, level, options, q) @ tokens_exist.to(dtype)[:, :, None] / options.rank
+            queries = _summaries(q, query_kernels, level, tokens_exist, count, options)[:, :, own_subcell]
         attended = _relation(grid, level, options, q.device)[0] & (count[:, None, None, :, 0] > 0)
         score = queries @ keys.mT * options.scale
         if options.count_bias:
@@ -148,8 +148,11 @@ def _token_matrix(weights: Tensor, extent: int, side: int) -> Tensor:
     return torch.where(token // side == cell[:, None], weights[..., token % side].unsqueeze(-2), 0)
 
 
-def _summaries(x: Tensor, kernels, level: int, tokens_exist: Tensor, options: Options) -> Tensor:
-    """Summary tokens of a level from tokens `[B, heads, *grid, head_dim]`: `[B, heads, entries, head_dim]`."""
+def _summaries(x: Tensor, kernels, level: int, tokens_exist: Tensor, count: Tensor, options: Options) -> Tensor:
+    """Summary tokens of a level from tokens `[B, heads, *grid, head_dim]`: `[B, heads, entries, head_dim]`.
+
+    Those of no token, by `count` `[B, entries, 1]`, are 0 in a cut cell, whatever their kernels hold.
+    """
     grid, side = x.shape[2:-1], cell_side(level, options.cell_size)
     like = x.movedim(1, -2)
     offset = torch.arange(side, device=x.device)
@@ -173,6 +176,7 @@ def _summaries(x: Tensor, kernels, level: int, tokens_exist: Tensor, options: Op
         whole = whole * w.abs().sum(-1)
     whole = whole.expand(-1, x.shape[1], x.shape[-1]).transpose(0, 1).repeat(1, left.shape[2] // options.rank, 1)
     # The ratio of sums first: a cut cell may be left with weights whose square underflows in a gradient.
-    scaled = torch.where(left > 0, summary / torch.where(left > 0, left, 1) * whole, 0)
+    present = (left > 0) & (count[:, None] > 0)
+    scaled = torch.where(present, summary / torch.where(present, left, 1) * whole, 0)
     full = contract([_token_matrix(torch.ones_like(w), n, side) for w, n in zip(weights, grid, strict=True)], exist)
     return torch.where(full == side ** len(grid), summary, scaled)

@@ -363,7 +363,7 @@ class Row:
     def _give(self, slab: Tensor, x: Tensor, box: list[slice]) -> Tensor:
         """A slab as the part of x that it is of."""
         lead, shape = len(box) - 1, self._part(x, box).shape
-        slab = slab.unflatten(1, (shape[lead + 1], *shape[1 : lead + 1])).unflatten(0, (shape[0], -1))
+        slab = slab.unflatten(1, (shape[lead + 1], *shape[1 : lead + 1])).unflatten(0, (shape[0], shape[-2]))
         return slab.permute(0, *range(3, lead + 3), 2, 1, lead + 3)
 
     def excluded(self, tile: Tile) -> Tensor:

@@ -19,6 +19,9 @@ SIZES = [
     *("stride_b", "stride_h", "stride_y", "stride_x", "batch", "heads", "height", "width", "unit_y", "unit_x"),
     *("scale", "first", "run"),
 ]
+# A gradient is scaled by no more for an axis: the product of two is finite, and so is its product with the gradient 0 of
+# a summary that stands for no token.
+MOST: tl.constexpr = tl.constexpr(1e18)
 
 
 @triton.jit
@@ -64,24 +67,33 @@ def _tokens(first, unit, extent):
 
 
 @triton.jit
-def _ratio(whole, left):
-    """`whole / left`, and 0 where nothing is left."""
-    return tl.where(left > 0, whole / tl.where(left > 0, left, 1.0), 0.0)
+def _ratio(x, left):
+    """`x / left`, and 0 where nothing is left."""
+    return tl.where(left > 0, x / tl.where(left > 0, left, 1.0), 0.0)
 
 
 @triton.jit
-def _axis_factor(
+def _rescale(summary, whole, left):
+    """A sum whose weights are `left` of `whole`, divided first; and the factor for gradients."""
+    return _ratio(summary, left) * whole, tl.minimum(_ratio(whole, left), MOST)
+
+
+@triton.jit
+def _axis_rest(
     table, which, cell, k, heads, head, d, unit, extent, SIDE: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """What an axis scales cells by for what the grid's end cuts off: `[cells, ranks, channels]`; `cell`: `[cells]`."""
+    """An axis' whole weight and what the grid's end leaves of it, `[cells, ranks, channels]`; 1 where that is all.
+
+    `cell`: `[cells]`.
+    """
     whole = tl.zeros([1, k.shape[1], d.shape[2]], tl.float32)
     left = tl.zeros([cell.shape[0], k.shape[1], d.shape[2]], tl.float32)
     for i in range(SIDE):
         size = tl.abs(_weights(table, which, i, k, heads, head, d, SIDE, RANK, HEAD_DIM))
         whole += size * unit
         left += size * _tokens((cell * SIDE + i) * unit, unit, extent)[:, None, None]
-    full = (cell + 1) * SIDE * unit <= extent
-    return tl.where(full[:, None, None], 1.0, _ratio(whole, left))
+    full = ((cell + 1) * SIDE * unit <= extent)[:, None, None]
+    return tl.where(full, 1.0, whole), tl.where(full, 1.0, left)
 
 
 @triton.jit
@@ -175,18 +187,21 @@ def summarise_kernel(
     image, cy, cx, real = _cells(tile, batch, cells_y, cells_x, CELLS, CELLS)
     factor = tl.full([CELLS, BLOCK_P, BLOCK_D], 1.0, tl.float32)
     if counts is not None:
-        full = tl.sum(tl.reshape(exist, [CELLS, PAIRS]), 1) == SIDE_Y * SIDE_X * unit_y * unit_x
-        factor = tl.where(full[:, None, None], 1.0, _ratio(whole, left))
+        full = (tl.sum(tl.reshape(exist, [CELLS, PAIRS]), 1) == SIDE_Y * SIDE_X * unit_y * unit_x)[:, None, None]
+        summary, factor = _rescale(summary, tl.where(full, 1.0, whole), tl.where(full, 1.0, left))
     else:
         cut = ((cy + 1) * SIDE_Y * unit_y > height) | ((cx + 1) * SIDE_X * unit_x > width)
         if tl.max(cut.to(tl.int32)) > 0:
-            factor = _axis_factor(weights_y, which, cy, k3, heads, head, d3, unit_y, height, SIDE_Y, RANK, HEAD_DIM)
-            factor *= _axis_factor(weights_x, which, cx, k3, heads, head, d3, unit_x, width, SIDE_X, RANK, HEAD_DIM)
+            whole, left = _axis_rest(weights_y, which, cy, k3, heads, head, d3, unit_y, height, SIDE_Y, RANK, HEAD_DIM)
+            summary, factor = _rescale(summary, whole, left)
+            whole, left = _axis_rest(weights_x, which, cx, k3, heads, head, d3, unit_x, width, SIDE_X, RANK, HEAD_DIM)
+            summary, factor_x = _rescale(summary, whole, left)
+            factor *= factor_x
     image, cy, cx = image[:, None, None], cy[:, None, None], cx[:, None, None]
     to = _summary_at(image, cy, cx, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
     to += which * (batch.to(tl.int64) * cells_y * cells_x * RANK * heads * HEAD_DIM)
     wanted = real[:, None, None] & (k3 < RANK) & (d3 < HEAD_DIM)
-    tl.store(out + to, summary * factor * scale, wanted)
+    tl.store(out + to, summary * scale, wanted)
     if factors is not None:
         tl.store(factors + to, factor, wanted)
 
