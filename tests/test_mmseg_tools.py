@@ -170,6 +170,18 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert not list((tmp_path / "work").glob("*.pth"))
 
 
+def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatch, capsys):
+    """Under torchrun every process did, all of them into one file."""
+    published = tmp_path / "model.safetensors"
+    weights = ROOT / "checkpoints/segformer_fma2d-nano_scenes.safetensors"
+    arguments = [str(CONFIG), str(weights), "--work-dir", str(tmp_path), "--publish", str(published)]
+    for is_first in (False, True):
+        monkeypatch.setattr(test, "is_main_process", lambda is_first=is_first: is_first)
+        assert test.main([*arguments, *options(scenes)]) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aAcc ")]
+        assert len(told) == published.exists() == is_first
+
+
 def command(*arguments):
     return [sys.executable, *map(str, arguments)]
 
