@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 
@@ -75,7 +76,7 @@ def _measured(order: dict) -> dict:
 
 
 def _timed(step, device: str, calls: int = 1) -> tuple[float, object]:
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):

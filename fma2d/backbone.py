@@ -82,7 +82,8 @@ class FMA2DBackbone(nn.Module):
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after projections.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-        attn_layer: another attention than `FMA2d`: a function of `(dim, num_heads, stage, block)`, see `baselines`.
+        attn_layer: another attention than `FMA2d`: a function of `(dim, num_heads, stage, block)` that makes a
+            layer, such as `fma2d.baselines.mit_attention`.
         eps: of the LayerNorms.
         device, dtype: of the parameters.
 

@@ -18,7 +18,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 from timm.utils import unwrap_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .geometry import subcell_overlaps, tiling
 
@@ -27,12 +27,17 @@ FORMAT_VERSION = 1
 UNFINISHED = ".unfinished"
 SETTINGS = ("cell_size", "rank", "levels", "variant", "aggregation", "share_heads")
 
-# Weights that were not loaded must not go unseen, so reports reach stderr also where nobody has set up logging.
+# Weights that were not loaded must not go unseen, so reports reach stderr also where nobody has set up logging; of
+# several processes, which load the same, those of the first.
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
 _to_stderr = logging.StreamHandler()
-_to_stderr.addFilter(lambda record: not logging.getLogger().handlers)
+_to_stderr.addFilter(lambda record: not logging.getLogger().handlers and _is_first_process())
 logger.addHandler(_to_stderr)
+
+
+def _is_first_process() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def resample_bins(bins: int, new_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -91,6 +91,14 @@ def test_what_goes_wrong_in_the_worker_has_a_name(monkeypatch):
         in_this_process("broken", monkeypatch)
 
 
+def test_the_device_that_runs_is_awaited(monkeypatch):
+    """Only the current device was, cuda:0, so that times on another were those of starting the work."""
+    awaited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: awaited.append(device))
+    worker._timed(lambda: None, "cuda:1")
+    assert awaited == ["cuda:1", "cuda:1"]
+
+
 def test_failed_row_says_its_reason_and_a_failed_gate_ends_the_run(tmp_path, monkeypatch):
     def child(stdout="", stderr="", returncode=0):
         found = lambda *_, **__: harness.subprocess.CompletedProcess([], returncode, stdout, stderr)  # noqa: E731

@@ -117,6 +117,12 @@ def test_predict_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     assert all(make_scenes.LABELS[row["class"]] == int(row["label"]) for row in rows)
 
 
+def test_peak_memory_is_that_of_the_device(monkeypatch):
+    used = {"cuda:0": 0, "cuda:1": 3 << 30}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": used[device])
+    assert predict.peak_memory("cuda:1").startswith("3.00 GiB")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

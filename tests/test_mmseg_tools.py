@@ -73,6 +73,29 @@ def test_scenes_have_the_layout_and_the_labels_of_ade20k(scenes):
         assert len(labels & {37, 88}) == 1 and len(labels & {10, 30}) == 1 and (2 in labels) == (10 in labels)
 
 
+def test_scenes_are_written_once_and_whole(tmp_path, monkeypatch, capsys):
+    """Other numbers mixed two data sets in one folder, and what an interrupted run left had to be removed by hand."""
+    out = tmp_path / "new" / "scenes"
+    words = ["--out", str(out), "--train", "2", "--val", "1"]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_scenes, "description", stop)
+        make_scenes.write(out, {"training": 1, "validation": 1}, 0)
+    assert not list(out.parent.iterdir())
+    assert make_scenes.main(words) == 0
+    assert len(list(out.rglob("*.jpg"))) == len(list(out.rglob("*.png"))) == 3
+    before = out.stat().st_mtime_ns
+    assert make_scenes.main(words) == 0 and "stays as it is" in capsys.readouterr().out
+    for other in ([*words, "--seed", "1"], [*words, "--train", "1"]):
+        with pytest.raises(SystemExit):
+            make_scenes.main(other)
+        assert "holds something else already; remove it" in capsys.readouterr().err
+    assert out.stat().st_mtime_ns == before and [path.name for path in out.parent.iterdir()] == ["scenes"]
+
+
 def test_figures_are_those_of_the_last_validation():
     names = [name for name in make_scenes.LABELS if name != "other"]
     tables = ["per class results:\n| Class | IoU | Acc |\n", "per class results:\n| Class | IoU | Acc |\n"]
@@ -168,6 +191,18 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
         file.write(" decode_head=dict(in_channels=[128, 256, 512, 1024]))\n")
     assert "the file is of arch 'nano'" in (error := refused(config=config)) and "arch 'base'" in error
     assert not list((tmp_path / "work").glob("*.pth"))
+
+
+def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatch, capsys):
+    """Under torchrun every process did, all of them into one file."""
+    published = tmp_path / "model.safetensors"
+    weights = ROOT / "checkpoints/segformer_fma2d-nano_scenes.safetensors"
+    arguments = [str(CONFIG), str(weights), "--work-dir", str(tmp_path), "--publish", str(published)]
+    for is_first in (False, True):
+        monkeypatch.setattr(test, "is_main_process", lambda is_first=is_first: is_first)
+        assert test.main([*arguments, *options(scenes)]) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aAcc ")]
+        assert len(told) == published.exists() == is_first
 
 
 def command(*arguments):

@@ -3,7 +3,6 @@
 Each gives one line on stderr and exit status 1, and what was written before is as it was.
 """
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from training_cases import images as images
 from training_cases import recipe_file as recipe_file
 
 from tools import train_classifier, validate
-from tools.training import InputError, program
+from tools.training import InputError
 from tools.training.checkpoints import load_state, load_weights, save_state
 from tools.training.recipe import make_recipe, read_values
 
@@ -175,7 +174,7 @@ def test_bad_checkpoints(images, finished, tmp_path, capsys):
 
 
 def test_a_load_is_reported_once(tmp_path, caplog):
-    """By fma2d's models themselves, and in the first process; it was said twice, and by each."""
+    """By fma2d's models themselves; it was said twice."""
     for name, said, reports in (("fma2d_nano", [], 1), ("test_resnet", ["matched"], 0)):
         model = timm.create_model(name, num_classes=3)
         torch.save(model.state_dict(), tmp_path / "x.pt")
@@ -183,20 +182,6 @@ def test_a_load_is_reported_once(tmp_path, caplog):
         caplog.clear()
         load_weights(model, tmp_path / "x.pt", name, say=lines.append)
         assert [line.split()[-1] for line in lines] == said and len(caplog.records) == reports
-
-
-def test_other_processes_are_silent(monkeypatch, capsys, caplog):
-    def join(args):
-        args.rank, args.world_size, args.local_rank = 1, 2, 1
-        return torch.device("cpu")
-
-    monkeypatch.setattr(program, "init_distributed_device", join)
-    caplog.set_level(logging.INFO, "fma2d.checkpoint")  # as it is; put back after the test
-    _, say = program.start_processes("cpu", deterministic=False)
-    say("a line")
-    model = timm.create_model("fma2d_nano", num_classes=3)
-    model.load_state_dict(model.state_dict())
-    assert capsys.readouterr().out == "" and not caplog.records
 
 
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -6,11 +6,12 @@ images every time, is for validation.
 """
 
 import argparse
-import os
 import shutil
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -19,23 +20,29 @@ from sklearn.model_selection import train_test_split
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out`, which must not be there or be empty, or vanishes in an error."""
+    unfinished = out.with_name(f".{out.name}.{uuid4().hex}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def write_digits(out: Path, size: int) -> dict[str, int]:
     """Write the folder, whole or not at all; returns the number of images in each split."""
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")
     train, val = train_test_split(range(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        unfinished.chmod(0o755)
+    with whole_folder(out) as folder:
         for split, indices in (("train", train), ("val", val)):
             for index in indices:
-                path = unfinished / split / str(digits.target[index]) / f"{index:04}.png"
+                path = folder / split / str(digits.target[index]) / f"{index:04}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[index]).resize((size, size), Image.Resampling.BICUBIC).save(path)
-        os.rename(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return {"train": len(train), "val": len(val)}
 
 

@@ -26,6 +26,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
+from tools.make_digits import whole_folder
+
 VERSION = 1  # of the generator: the same version, seed and index give the same scene
 SIZE = 128  # pixels a side
 # ADE20K's ids in annotation files; 0 is "other", which counts nowhere.
@@ -245,20 +247,26 @@ def scene(seed: int, split: str, index: int, textures: list[np.ndarray]) -> tupl
     return drawn.image.round().astype(np.uint8), drawn.labels
 
 
-def write(folder: Path, counts: dict[str, int], seed: int) -> None:
-    """Write a data set: ADE20K's folders and file names, and `generated.json`, which says what it is."""
-    textures = load_textures()
-    for split, count in counts.items():
-        images, annotations = folder / "images" / split, folder / "annotations" / split
-        for path in (images, annotations):
-            path.mkdir(parents=True, exist_ok=True)
-        for i in tqdm(range(count), desc=split, unit="scene", dynamic_ncols=True):
-            image, labels = scene(seed, split, i, textures)
-            name = f"ADE_{SPLITS[split]}_{i + 1:08d}"
-            Image.fromarray(image).save(images / f"{name}.jpg", quality=95)
-            Image.fromarray(labels).save(annotations / f"{name}.png")
+def description(counts: dict[str, int], seed: int) -> str:
+    """What `generated.json` says of a data set."""
     about = dict(what="generated scenes, no photographs", generator=VERSION, seed=seed, size=SIZE, scenes=counts)
-    (folder / "generated.json").write_text(json.dumps(about | dict(labels=LABELS, long_range=LONG_RANGE), indent=2))
+    return json.dumps(about | dict(labels=LABELS, long_range=LONG_RANGE), indent=2)
+
+
+def write(out: Path, counts: dict[str, int], seed: int) -> None:
+    """Write a data set, whole or not at all: ADE20K's folders and file names, and `generated.json`, its description."""
+    textures = load_textures()
+    with whole_folder(out) as folder:
+        for split, count in counts.items():
+            images, annotations = folder / "images" / split, folder / "annotations" / split
+            for path in (images, annotations):
+                path.mkdir(parents=True)
+            for i in tqdm(range(count), desc=split, unit="scene", dynamic_ncols=True):
+                image, labels = scene(seed, split, i, textures)
+                name = f"ADE_{SPLITS[split]}_{i + 1:08d}"
+                Image.fromarray(image).save(images / f"{name}.jpg", quality=95)
+                Image.fromarray(labels).save(annotations / f"{name}.png")
+        (folder / "generated.json").write_text(description(counts, seed))
 
 
 def pixel_baseline(seed: int, scenes: int = 200, per_scene: int = 300, test_scenes: int = 50) -> dict[str, float]:
@@ -306,10 +314,13 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{name:<12} {iou:.3f}" for name, iou in ious.items()))
         print(f"{'mIoU':<12} {np.mean(list(ious.values())):.3f}  (one pixel's colour and position, generated scenes)")
         return 0
-    written = args.out / "generated.json"
-    if not written.exists() and args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"{args.out} holds something else already; name an empty folder with --out")
-    write(args.out, {"training": args.train, "validation": args.val}, args.seed)
+    counts, written = {"training": args.train, "validation": args.val}, args.out / "generated.json"
+    if written.is_file() and written.read_text() == description(counts, args.seed):
+        print(f"{args.out} holds these {args.train} + {args.val} generated scenes already: it stays as it is")
+        return 0
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"{args.out} holds something else already; remove it, or name another folder with --out")
+    write(args.out, counts, args.seed)
     print(f"{args.train} + {args.val} generated scenes in {args.out}")
     return 0
 

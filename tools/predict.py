@@ -133,7 +133,7 @@ def read_picture(path: Path) -> np.ndarray:
 def peak_memory(device: str) -> str:
     """The largest memory so far, of this process on the CPU, of tensors on a GPU."""
     if device.startswith("cuda"):
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
 

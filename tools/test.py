@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from PIL import Image
@@ -93,6 +94,8 @@ def test(args: argparse.Namespace) -> None:
     model = getattr(model, "module", model)
     load_model(model, str(args.checkpoint))
     metrics = runner.test()
+    if not is_main_process():
+        return
     print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items() if np.isscalar(value)))
     if args.publish:
         publish(model, args.publish, cfg, metrics)

@@ -1,7 +1,6 @@
 """What the training programs have in common around their work: options, the processes of torchrun, ends."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -80,10 +79,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
 
 
 def start_processes(device: str | None, deterministic: bool) -> tuple[Processes, Callable[..., None]]:
-    """Join the other processes of torchrun, if there are any; and a `print` that is silent in all but the first.
-
-    So are the reports of loads.
-    """
+    """Join the other processes of torchrun, if there are any; and a `print` that is silent in all but the first."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: there is no CUDA device here")
@@ -96,10 +92,7 @@ def start_processes(device: str | None, deterministic: bool) -> tuple[Processes,
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     processes = Processes(device, found.rank, found.world_size, found.local_rank)
-    if processes.is_first:
-        return processes, print
-    logging.getLogger("fma2d.checkpoint").setLevel(logging.ERROR)
-    return processes, lambda *_, **__: None
+    return processes, print if processes.is_first else lambda *_, **__: None
 
 
 def go_on(training: Training, stored: dict | None, folder: RunFolder, args: argparse.Namespace, say: Callable) -> None:
