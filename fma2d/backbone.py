@@ -162,7 +162,8 @@ class FMA2DBackbone(nn.Module):
             stages.append(Stage(dims[i - 1] if i else in_chans, dim, 3 if i else 7, 2 if i else 4, blocks, eps, **dd))
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        # timm before 1.0.21 has no device and dtype here.
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**dd)
         self.apply(_init_weights)
         self._register_load_state_dict_pre_hook(note_prefix, with_module=True)
         self.register_load_state_dict_post_hook(report_load)

@@ -19,8 +19,8 @@ SIZES = [
     *("stride_b", "stride_h", "stride_y", "stride_x", "batch", "heads", "height", "width", "unit_y", "unit_x"),
     *("scale", "first", "run"),
 ]
-# A gradient is scaled by no more for an axis: the product of two is finite, and so is its product with the gradient 0 of
-# a summary that stands for no token.
+# A gradient is scaled by no more for an axis: the product of two is finite, and so is that with the gradient 0 of a
+# summary that stands for no token.
 MOST: tl.constexpr = tl.constexpr(1e18)
 
 
