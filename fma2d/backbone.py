@@ -13,7 +13,7 @@ from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoint import check_state_dict, note_prefix, report_load
+from .checkpoint import check_state_dict, report_loads
 from .geometry import check_positive, num_levels
 from .layers import Block, PatchEmbed
 from .modules import FMA2d
@@ -140,7 +140,7 @@ class FMA2DBackbone(nn.Module):
         settings.setdefault("levels", grid_levels)
         if is_exportable():
             settings["export_levels"] = grid_levels
-        self.img_size = img_size if levels is None else None
+        self.img_size, self.export_size = img_size if levels is None else None, img_size
         head_dims, mlp_ratios = self._per_stage("head_dim", head_dim), self._per_stage("mlp_ratio", mlp_ratio)
         drop_paths = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
 
@@ -165,8 +165,7 @@ class FMA2DBackbone(nn.Module):
         # timm before 1.0.21 has no device and dtype here.
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**dd)
         self.apply(_init_weights)
-        self._register_load_state_dict_pre_hook(note_prefix, with_module=True)
-        self.register_load_state_dict_post_hook(report_load)
+        report_loads(self)
 
     def _per_stage(self, name: str, value) -> tuple:
         stages = len(self.feature_info)
@@ -178,6 +177,8 @@ class FMA2DBackbone(nn.Module):
     def _grid_levels(self, img_size: int | Sequence[int], stage: int, cell_size: int) -> int:
         """Levels of the grid of a stage at a size in pixels."""
         size = to_2tuple(img_size)
+        if not all(isinstance(n, int) for n in size):
+            raise TypeError(f"img_size must be an integer or (height, width), got {img_size!r}")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"img_size must be an integer or (height, width) of at least 1, got {img_size}")
         return num_levels(tuple(-(-n // self.feature_info[stage]["reduction"]) for n in size), cell_size)
@@ -210,18 +211,19 @@ class FMA2DBackbone(nn.Module):
         if given and not layers:
             raise ValueError(f"{', '.join(given)} cannot be set: the attention layers are not FMA2d")
         size = self.img_size if img_size is None else img_size
+        export_size = self.export_size if img_size is None else img_size
         plan = []
         for i, layer in layers:
             cells = {name: given[name][i] if name in given else getattr(layer, name) for name in ("cell_size", "rank")}
             check_positive("cell_size", cells["cell_size"])
             levels = layer.levels if size is None else self._grid_levels(size, i, cells["cell_size"])
             layer.check_cells(**cells, levels=levels)
-            plan.append((layer, dict(cells, levels=levels)))
-        for layer, cells in plan:
+            plan.append((layer, dict(cells, levels=levels), self._grid_levels(export_size, i, cells["cell_size"])))
+        for layer, cells, export_levels in plan:
             layer.change_cells(**cells)
-            if layer.export_levels is not None and size is not None:
-                layer.export_levels = cells["levels"]
-        self.img_size = size
+            if layer.export_levels is not None:
+                layer.export_levels = export_levels
+        self.img_size, self.export_size = size, export_size
         _record_arguments(self, size, **given)
 
     @torch.jit.ignore

@@ -226,12 +226,28 @@ def _some(kind: str, names: list[str], most: int = 3) -> str:
     return f"{len(names)} {kind}: {', '.join(names[:most])}{more}" if names else ""
 
 
-def note_prefix(module: nn.Module, state_dict, prefix: str, *_) -> None:
-    """Hook before a load: under which prefix a state dict holds `module`."""
+def report_loads(model: nn.Module) -> None:
+    """Have every load of the model's weights, by whatever road, say in one line what it did."""
+    model._register_load_state_dict_pre_hook(_begin_load, with_module=True)
+    model.register_load_state_dict_post_hook(_report_load)
+
+
+def report_layer(layer: nn.Module, _) -> None:
+    """Hook after a load of an attention layer: what became of its kernels, unless the model around it says so."""
+    if layer.load_notes and not layer.is_reported:
+        notes = "; ".join(f"aggregation kernels {kind}: {note}" for kind, note in layer.load_notes.items())
+        logger.warning("%s: %s", type(layer).__name__, notes)
+
+
+def _begin_load(module: nn.Module, state_dict, prefix: str, *_) -> None:
+    """Hook before a load: notes under which prefix a state dict holds `module`, whose layers need not report."""
     module.load_prefix = prefix
+    for layer in module.modules():
+        if hasattr(layer, "load_notes"):
+            layer.is_reported = True
 
 
-def report_load(module: nn.Module, incompatible) -> None:
+def _report_load(module: nn.Module, incompatible) -> None:
     """Hook after a load: what it did, in one line, a warning unless all weights matched."""
     own = list(module.state_dict())
     prefix = module.load_prefix

@@ -23,8 +23,10 @@ def check_positive(name: str, value) -> None:
 
 
 def check_grid(grid: Grid, cell_size: int) -> None:
-    """Raise ValueError unless `grid` has 1 to 3 extents of at least 1 and `cell_size` is at least 1."""
+    """Raise TypeError or ValueError unless `grid` has 1 to 3 integers of at least 1 and `cell_size` is one."""
     check_positive("cell_size", cell_size)
+    if any(isinstance(extent, (float, str)) for extent in grid):  # not "no int": a compiler's sizes are neither
+        raise TypeError(f"grid must be of integers, got {tuple(grid)}")
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"grid must have 1, 2 or 3 axes, got {len(grid)}: {tuple(grid)}")
     if min(grid) < 1:

@@ -44,7 +44,7 @@ class MixFFN(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._hidden(x, 0, x.shape[1])
         batch, height, width, _ = x.shape
-        band = max(1, BAND // (batch * width * self.fc1.out_features))
+        band = max(1, BAND // max(1, batch * width * self.fc1.out_features))
         if band >= height:
             return self._hidden(x, 0, height)
         out = torch.empty_like(x) if x.dtype == self.fc2.weight.dtype else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .aggregation import start_kernels
-from .checkpoint import adapt_kernels
+from .checkpoint import adapt_kernels, report_layer
 from .geometry import check_positive, tiling
 from .ops import exportable, multipole_attention
 
@@ -67,6 +67,8 @@ class _FMA(nn.Module):
         self.kernels = nn.Parameter(self.start_kernels(device, dtype)) if self.learns_kernels else None
         # What the last load_state_dict did to the kernels, beyond copying them: "initialised", "adapted", "dropped".
         self.load_notes: dict[str, str] = {}
+        self.is_reported = False  # whether a model around it tells of them
+        self.register_load_state_dict_post_hook(report_layer)
 
     def check_cells(self, cell_size: int, rank: int, levels: int) -> None:
         """Raise TypeError or ValueError for settings that this module cannot have."""
@@ -163,8 +165,9 @@ class _FMA(nn.Module):
             if stored is not None:
                 self.load_notes["dropped"] = f"{stored.shape[0]} learned levels"
         elif stored is None or stored.shape[0] == 0:
-            state_dict[name] = self.start_kernels()
-            self.load_notes["initialised"] = "all kernels"
+            if any(key.startswith(prefix) for key in state_dict):  # else nothing of this layer is loaded
+                state_dict[name] = self.start_kernels()
+                self.load_notes["initialised"] = "all kernels"
         else:
             try:
                 state_dict[name], self.load_notes = adapt_kernels(stored, self.start_kernels())

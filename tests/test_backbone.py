@@ -104,6 +104,8 @@ def test_mix_ffn_in_bands_is_exact(monkeypatch):
         with torch.no_grad():
             banded = ffn(x)
         assert torch.allclose(banded, whole, rtol=0, atol=1e-13)
+        with torch.no_grad():
+            assert ffn(x[:0]).shape == (0, 23, 11, 8)
         assert largest <= max(band, 2 * 11 * 32) + 2 * (2 * 11 * 32)
 
 

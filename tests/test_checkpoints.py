@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import load_checkpoint, resume_checkpoint, save_for_hf
 
-from fma2d import FMA1d, checkpoint
+from fma2d import FMA1d, FMA2d, checkpoint
 from fma2d.checkpoint import save_checkpoint
+from fma2d.text import CausalLM
 
 SOURCE = dict(num_classes=4, img_size=512, cell_size=4, rank=4)
 TARGET = dict(num_classes=4, img_size=96, cell_size=8, rank=2, variant="loglinear")
@@ -166,9 +167,34 @@ def test_loose_loading_is_pytorchs_and_loud(source, caplog):
     result = model.load_state_dict(dict(state, extra=torch.zeros(1)), strict=False)
     assert all(k.startswith("stages.3") for k in result.missing_keys) and result.unexpected_keys == ["extra"]
     (record,) = [r for r in caplog.records if "matched" in r.message]
-    # Kernels that the file does not have start anew, and are not missing.
-    assert record.levelno == logging.WARNING and "34 missing: stages.3" in record.message
-    assert "1 unexpected: extra" in record.message and "2 initialised: stages.3.blocks.0.attn.kernels" in record.message
+    assert record.levelno == logging.WARNING and "36 missing: stages.3" in record.message
+    assert "1 unexpected: extra" in record.message and "0 initialised" in record.message
+
+
+def test_loading_the_classifier_alone_leaves_trained_kernels(source, caplog):
+    """Kernels of layers that a state dict had nothing of were set back to their start value."""
+    model = create(**SOURCE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict({n: t for n, t in source.state_dict().items() if n.startswith("head.")}, strict=False)
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["head.fc.weight", "head.fc.bias"]
+
+
+def test_layers_and_text_models_tell_of_their_kernels(caplog):
+    """On plain PyTorch's road nothing but the attribute `load_notes` told of them."""
+    layer = FMA2d(8, 2, cell_size=2, levels=1)
+    stored = FMA2d(8, 2, cell_size=2, levels=2, variant="loglinear").state_dict()
+    torch.nn.Sequential(layer).load_state_dict({f"0.{name}": tensor for name, tensor in stored.items()})
+    notes = "".join(f"; aggregation kernels {kind}: {note}" for kind, note in layer.load_notes.items())
+    assert [r.message for r in caplog.records] == ["FMA2d: " + notes[2:]] and "levels 1 of the file" in notes
+    caplog.clear()
+    model = CausalLM(9, 8, 2, 2, cell_size=4, rank=2, context=32)
+    model.load_state_dict({n: t for n, t in model.state_dict().items() if not n.endswith("kernels")})
+    (record,) = caplog.records
+    assert record.message.startswith("CausalLM: ") and "aggregation kernels initialised in 2 layers" in record.message
 
 
 def test_another_classifier_or_input_is_adapted_and_said(files, source, caplog):

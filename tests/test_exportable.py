@@ -61,6 +61,10 @@ def test_exportable_model_is_the_model():
             assert torch.allclose(model(x), plain(x), atol=1e-2)
     model.set_input_size(320)
     assert [stage.blocks[0].attn.export_levels for stage in model.stages] == [4, 3, 2, 1]
+    # Explicit levels say what is learned, not for which grids the export is.
+    model = timm.create_model("fma2d_nano", img_size=160, levels=1, exportable=True).eval()
+    model.set_input_size(cell_size=4)
+    assert [stage.blocks[0].attn.export_levels for stage in model.stages] == [3, 2, 1, 0]
 
 
 def small(**options):

@@ -170,6 +170,8 @@ def test_cover_refuses_by_name(grid, cell_size, token, causal, name):
     if name in ("grid", "cell_size"):
         with pytest.raises(ValueError, match=rf"^{name}\b"):
             num_levels(grid, cell_size)
+    with pytest.raises(TypeError, match=r"^grid\b"):
+        num_levels((13.0,), 8)
 
 
 @pytest.mark.parametrize(

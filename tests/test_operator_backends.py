@@ -19,6 +19,7 @@ from operator_cases import (
     cotangents,
     forced,
     grids,
+    nearly_weightless,
     random_call,
 )
 from operator_cases import one_thread as one_thread
@@ -160,12 +161,26 @@ def test_torch_backend_repeats_every_bit():
 
 
 @on_both
-def test_empty_batch(backend):
-    call = random_call((9, 7), 2, 2, linear=1).map(lambda x: x[:0], lambda w: w).to(torch.float64)
+@pytest.mark.parametrize("cell_size", [2, 8])
+def test_empty_batch(backend, cell_size):
+    """Of large cells, the torch backend cuts slabs: there it failed."""
+    call = random_call((29, 7), cell_size, 2, linear=1).map(lambda x: x[:0], lambda w: w).to(torch.float64)
     out, lse = call.run(backend)
     assert out.shape == call["q"].shape and lse.shape == out.shape[:-1]
     grads = torch.autograd.grad((out, lse), call.leaves(), (out.detach(), lse.detach()))
     assert all((g == 0).all() and g.shape == x.shape for g, x in zip(grads, call.leaves(), strict=True))
+
+
+@on_both
+@pytest.mark.parametrize("masked", [False, True])
+def test_cells_left_with_next_to_no_weight(backend, masked):
+    """A summary that stands for no token made inf, and the whole result NaN."""
+    call = nearly_weightless(masked)
+    truth = call.to(torch.float64).results("reference", cotangents(call))
+    results = call.results(backend, cotangents(call))
+    assert all(x.isfinite().all() for x in results.values())
+    for name in ("out", "lse", "gradient of q", "gradient of k", "gradient of v"):
+        assert torch.allclose(results[name].double(), truth[name], rtol=1e-5, atol=1e-5), name
 
 
 SMALL = {

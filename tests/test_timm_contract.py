@@ -19,7 +19,7 @@ from timm.models import (
     list_pretrained,
     save_for_hf,
 )
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import fma2d
@@ -173,6 +173,12 @@ def test_layer_decay_and_weight_decay(name):
 
     kernels = {n for n, _ in model.named_parameters() if n.endswith(".kernels")}
     assert model.no_weight_decay() == kernels and kernels
+    features = create(features_only=True, out_indices=(0, 1))
+    groups = param_groups_weight_decay(features, 0.05, no_weight_decay_list=features.no_weight_decay())
+    spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {name for name, p in features.named_parameters() if p.dim() > 1 and id(p) in spared} == {
+        name for name, _ in features.named_parameters() if name.endswith("kernels")
+    }
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
     parameters = dict(model.named_parameters())
@@ -209,6 +215,8 @@ def test_packaged_weights_are_never_what_the_untagged_name_means():
         (dict(variant="dense"), "variant"),
         (dict(head_dim=48), "head_dim"),
         (dict(img_size=(64, 0)), "img_size"),
+        (dict(img_size=224.0), "img_size"),
+        (dict(img_size="224"), "img_size"),
         (dict(scriptable=True), "TorchScript"),
         (dict(pretrained_cfg_overlay=dict(file="x.safetensors")), "pretrained=True"),
     ],

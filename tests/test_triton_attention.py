@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from operator_cases import assert_within_rule, cotangents, random_call
+from operator_cases import assert_within_rule, cotangents, nearly_weightless, random_call
 from operator_cases import one_thread as one_thread
 from test_operator_backends import LAYOUTS
 from test_operator_library import assert_fake_has_the_layout, op_arguments
@@ -199,6 +199,16 @@ def test_tokens_are_read_where_they_are():
     q = torch.zeros(2, 9, 7, 3, 4, 8)[:, :, :, 1].movedim(-2, 1)
     assert _channels_last(q).data_ptr() == q.data_ptr()
     assert _channels_last(q.mT.contiguous().mT).stride(-1) == 1
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_cells_left_with_next_to_no_weight(masked):
+    """As of the other backends."""
+    call = nearly_weightless(masked)
+    truth = call.to(torch.float64).results("reference")
+    results = to_device(call).results("triton", [x.to(DEVICE) for x in cotangents(call)])
+    assert all(x.isfinite().all() for x in results.values())
+    assert torch.allclose(results["out"].double().cpu(), truth["out"], atol=1e-5)
 
 
 @pytest.mark.parametrize("cell_size", (1, 5), ids=("levels", "no level"))

@@ -45,7 +45,7 @@ def check_call(
         raise ValueError(f"causal needs a grid of one axis, got {tuple(grid)}")
     if causal and query_kernels is not None:
         raise ValueError("causal cannot be combined with query_kernels: a summary query would hold later tokens")
-    if scale is not None and not isinstance(scale, int | float):
+    if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if scale is not None and not -inf < scale < inf:
         raise ValueError(f"scale must be finite, got {scale}")
@@ -56,7 +56,7 @@ def check_call(
 
 
 def _check_kernels(name: str, kernels, q: Tensor, cell_size: int, rank: int) -> None:
-    if not isinstance(kernels, list | tuple) or not all(isinstance(level, list | tuple) for level in kernels):
+    if not isinstance(kernels, (list, tuple)) or not all(isinstance(level, (list, tuple)) for level in kernels):
         raise TypeError(f"{name} must be a list over levels of lists over axes of tensors")
     heads, head_dim, ndim = q.shape[1], q.shape[-1], q.dim() - 3
     for level, axes in enumerate(kernels, 1):

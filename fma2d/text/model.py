@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoint import report_loads
 from ..geometry import check_positive
 from .attention import make_attention
 from .cache import Cache, MultipoleCache
@@ -116,6 +117,7 @@ class TextModel(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, layer, mlp_ratio, dropout) for layer in layers)
         self.norm = nn.LayerNorm(dim)
         self._init_weights()
+        report_loads(self)
 
     @torch.no_grad()
     def _init_weights(self) -> None:
