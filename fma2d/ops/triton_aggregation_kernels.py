@@ -73,27 +73,18 @@ def _ratio(x, left):
 
 
 @triton.jit
-def _rescale(summary, whole, left):
-    """A sum whose weights are `left` of `whole`, divided first; and the factor for gradients."""
-    return _ratio(summary, left) * whole, tl.minimum(_ratio(whole, left), MOST)
-
-
-@triton.jit
-def _axis_rest(
+def _axis_factor(
     table, which, cell, k, heads, head, d, unit, extent, SIDE: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """An axis' whole weight and what the grid's end leaves of it, `[cells, ranks, channels]`; 1 where that is all.
-
-    `cell`: `[cells]`.
-    """
+    """What an axis scales cells by for what the grid's end cuts off: `[cells, ranks, channels]`; `cell`: `[cells]`."""
     whole = tl.zeros([1, k.shape[1], d.shape[2]], tl.float32)
     left = tl.zeros([cell.shape[0], k.shape[1], d.shape[2]], tl.float32)
     for i in range(SIDE):
         size = tl.abs(_weights(table, which, i, k, heads, head, d, SIDE, RANK, HEAD_DIM))
         whole += size * unit
         left += size * _tokens((cell * SIDE + i) * unit, unit, extent)[:, None, None]
-    full = ((cell + 1) * SIDE * unit <= extent)[:, None, None]
-    return tl.where(full, 1.0, whole), tl.where(full, 1.0, left)
+    full = (cell + 1) * SIDE * unit <= extent
+    return tl.where(full[:, None, None], 1.0, tl.minimum(_ratio(whole, left), 1e38))
 
 
 @triton.jit
@@ -188,15 +179,18 @@ def summarise_kernel(
     factor = tl.full([CELLS, BLOCK_P, BLOCK_D], 1.0, tl.float32)
     if counts is not None:
         full = (tl.sum(tl.reshape(exist, [CELLS, PAIRS]), 1) == SIDE_Y * SIDE_X * unit_y * unit_x)[:, None, None]
-        summary, factor = _rescale(summary, tl.where(full, 1.0, whole), tl.where(full, 1.0, left))
+        # Divided first, so that a small rest of the weight makes no inf.
+        summary = tl.where(full, summary, _ratio(summary, left) * whole)
+        factor = tl.where(full, 1.0, tl.minimum(_ratio(whole, left), MOST))
     else:
         cut = ((cy + 1) * SIDE_Y * unit_y > height) | ((cx + 1) * SIDE_X * unit_x > width)
         if tl.max(cut.to(tl.int32)) > 0:
-            whole, left = _axis_rest(weights_y, which, cy, k3, heads, head, d3, unit_y, height, SIDE_Y, RANK, HEAD_DIM)
-            summary, factor = _rescale(summary, whole, left)
-            whole, left = _axis_rest(weights_x, which, cx, k3, heads, head, d3, unit_x, width, SIDE_X, RANK, HEAD_DIM)
-            summary, factor_x = _rescale(summary, whole, left)
-            factor *= factor_x
+            factor = _axis_factor(weights_y, which, cy, k3, heads, head, d3, unit_y, height, SIDE_Y, RANK, HEAD_DIM)
+            summary *= factor
+            factor = tl.minimum(factor, MOST)
+            axis = _axis_factor(weights_x, which, cx, k3, heads, head, d3, unit_x, width, SIDE_X, RANK, HEAD_DIM)
+            summary *= axis
+            factor *= tl.minimum(axis, MOST)
     image, cy, cx = image[:, None, None], cy[:, None, None], cx[:, None, None]
     to = _summary_at(image, cy, cx, k3, cells_y, cells_x, heads, head, d3, RANK, PARTS_X, HEAD_DIM)
     to += which * (batch.to(tl.int64) * cells_y * cells_x * RANK * heads * HEAD_DIM)
