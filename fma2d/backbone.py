@@ -13,7 +13,7 @@ from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoint import check_state_dict, note_prefix, report_load
+from .checkpoint import check_shapes, check_state_dict, report_load
 from .geometry import check_positive, num_levels
 from .layers import Block, PatchEmbed
 from .modules import FMA2d
@@ -165,7 +165,7 @@ class FMA2DBackbone(nn.Module):
         # timm before 1.0.21 has no device and dtype here.
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**dd)
         self.apply(_init_weights)
-        self._register_load_state_dict_pre_hook(note_prefix, with_module=True)
+        self._register_load_state_dict_pre_hook(check_shapes, with_module=True)
         self.register_load_state_dict_post_hook(report_load)
 
     def _per_stage(self, name: str, value) -> tuple:

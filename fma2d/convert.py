@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import note_prefix, report_load
+from .checkpoint import check_shapes, report_load
 from .modules import FMA2d
 from .ops import multipole_attention
 
@@ -159,7 +159,7 @@ def convert_attention(
     for block, layer in zip(model.blocks, layers, strict=True):
         block.attn = layer
     model.patch_embed.register_forward_pre_hook(grid.record)
-    model._register_load_state_dict_pre_hook(note_prefix, with_module=True)
+    model._register_load_state_dict_pre_hook(check_shapes, with_module=True)
     model.register_load_state_dict_post_hook(report_load)
     if levels:
         kernels = {f"blocks.{i}.attn.kernels" for i in range(len(layers))}

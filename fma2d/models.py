@@ -14,7 +14,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .backbone import FMA2DBackbone
-from .checkpoint import check_state_dict, logger, note_prefix, report_load, take_backbone_keys
+from .checkpoint import check_shapes, check_state_dict, logger, report_load, take_backbone_keys
 
 WEIGHTS = Path(__file__).parent / "weights"
 ARCHS = {
@@ -134,7 +134,7 @@ def _create(
     if features_only:
         model._register_load_state_dict_pre_hook(take_backbone_keys, with_module=True)
         if not any(isinstance(m, FMA2DBackbone) for m in model.modules()):
-            model._register_load_state_dict_pre_hook(note_prefix, with_module=True)
+            model._register_load_state_dict_pre_hook(check_shapes, with_module=True)
             model.register_load_state_dict_post_hook(report_load)
     return model
 
