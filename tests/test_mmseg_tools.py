@@ -198,8 +198,11 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
 def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path):
     """They held mmengine's log history and numbers of numpy, which `weights_only=True` refuses, and no settings."""
 
+    # Resuming, mmengine skips batches without drawing the flips of their images, so later flips would differ.
+    settings = options(scenes, **SMALL_RUN, **{"train_dataloader.dataset.pipeline.2.prob": 0.0})
+
     def run(folder, *arguments):
-        assert train.main([str(CONFIG), "--work-dir", str(folder), *arguments, *options(scenes, **SMALL_RUN)]) == 0
+        assert train.main([str(CONFIG), "--work-dir", str(folder), *arguments, *settings]) == 0
         return torch.load(folder / "iter_4.pth", weights_only=True)
 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
