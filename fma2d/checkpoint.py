@@ -238,7 +238,7 @@ def _some(kind: str, names: list[str], most: int = 3) -> str:
 def check_shapes(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_) -> None:
     """Hook before a load, inside whatever model: raise RuntimeError, as `check_state_dict`, for weights misshapen.
 
-    torch goes on past them and mmengine ends so, and `report_load` would count them as matched.
+    torch raises for them in the end only and mmengine not at all, after `report_load` has counted them as matched.
     """
     check_state_dict(module, state_dict, optional=".*", prefix=prefix)
     module.load_prefix = prefix
