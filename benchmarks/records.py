@@ -4,7 +4,6 @@ import csv
 import os
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -122,6 +121,8 @@ def origin(device: str = "cpu", threads: int | None = None) -> dict[str, str | i
 
 def children_seconds() -> float:
     """Processor time of the processes run so far: on a machine that others use, it says more than the clock."""
+    import resource  # Windows has none; all else here runs there too
+
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

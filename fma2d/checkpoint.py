@@ -148,10 +148,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> st
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
     model = unwrap_model(model)
-    entries = dict(format_version=FORMAT_VERSION, **_settings(model))
-    if architecture := getattr(model, "pretrained_cfg", {}).get("architecture"):
-        entries["architecture"] = architecture
-    entries.update(metadata)
+    entries = describe(model) | metadata
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = _sorted_header(save(tensors, metadata=texts))
@@ -159,10 +156,13 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> st
     return hashlib.sha256(data).hexdigest()
 
 
-def _settings(model: nn.Module) -> dict:
+def describe(model: nn.Module) -> dict:
+    """What a file of weights tells of a model as metadata, see `save_checkpoint`."""
     layers = [m for m in model.modules() if hasattr(m, "load_notes")]
     values = {name: [getattr(layer, name) for layer in layers] for name in SETTINGS}
-    return {name: v[0] if len(set(v)) == 1 else v for name, v in values.items() if v}
+    settings = {name: v[0] if len(set(v)) == 1 else v for name, v in values.items() if v}
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
+    return dict(format_version=FORMAT_VERSION, **settings, **(dict(architecture=architecture) if architecture else {}))
 
 
 def _sorted_header(data: bytes) -> bytes:
@@ -176,7 +176,11 @@ def _sorted_header(data: bytes) -> bytes:
 
 
 def check_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], optional: str | None = None, shapes: bool = True
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    optional: str | None = None,
+    shapes: bool = True,
+    prefix: str = "",
 ) -> None:
     """Raise unless a state dict holds all that `model` needs, in its shapes, before anything is loaded.
 
@@ -185,11 +189,12 @@ def check_state_dict(
     Args:
         optional: a pattern of the names that may be missing.
         shapes: check shapes too.
+        prefix: of the model's names in the state dict.
 
     Raises:
         RuntimeError: naming the first keys of each kind.
     """
-    own = {name: tuple(t.shape) for name, t in model.state_dict().items() if not name.endswith(".kernels")}
+    own = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items() if not name.endswith(".kernels")}
     missing = [name for name in own if name not in state_dict and not (optional and re.match(optional, name))]
     misshapen = [
         f"{name} ({list(state_dict[name].shape)} in the file, {list(shape)} in the model)"
@@ -197,19 +202,23 @@ def check_state_dict(
         if shapes and name in state_dict and tuple(state_dict[name].shape) != shape
     ]
     for name, layer in model.named_modules():
-        stored = state_dict.get(f"{name}.kernels") if getattr(layer, "kernels", None) is not None else None
+        name = f"{prefix}{name}.kernels"
+        stored = state_dict.get(name) if getattr(layer, "kernels", None) is not None else None
         try:
             if stored is not None and len(stored):
                 check_kernels(stored.shape, layer.kernels.shape)
         except ValueError as error:
-            misshapen.append(f"{name}.kernels ({error})")
+            misshapen.append(f"{name} ({error})")
     if not missing and not misshapen:
         return
     problems = [_some("missing", missing), _some("of another shape", misshapen)]
     if missing:
-        unknown = [name for name in state_dict if name not in own and not name.endswith(".kernels")]
+        named = [name for name in state_dict if name.startswith(prefix)]
+        if not named:
+            problems.append(f"no name starts with {prefix!r}")
+        unknown = [name for name in named if name not in own and not name.endswith(".kernels")]
         problems.append(_some("that the model does not have", unknown))
-        if all(name.startswith("head.") for name in missing):
+        if all(name.startswith(f"{prefix}head.") for name in missing):
             problems.append(
                 "there is no classifier in it: create the model with num_classes=0 or features_only=True, or load with "
                 "strict=False to keep the model's own"
@@ -227,7 +236,11 @@ def _some(kind: str, names: list[str], most: int = 3) -> str:
 
 
 def report_loads(model: nn.Module) -> None:
-    """Have every load of the model's weights, by whatever road, say in one line what it did."""
+    """Have every load of the model's weights, by whatever road, say in one line what it did.
+
+    Weights misshapen are an error at once, as of `check_state_dict`: torch raises for them in the end only and mmengine
+    not at all, after they were counted as matched.
+    """
     model._register_load_state_dict_pre_hook(_begin_load, with_module=True)
     model.register_load_state_dict_post_hook(_report_load)
 
@@ -239,8 +252,9 @@ def report_layer(layer: nn.Module, _) -> None:
         logger.warning("%s: %s", type(layer).__name__, notes)
 
 
-def _begin_load(module: nn.Module, state_dict, prefix: str, *_) -> None:
-    """Hook before a load: notes under which prefix a state dict holds `module`, whose layers need not report."""
+def _begin_load(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Hook before a load of `module`, under whatever prefix; its layers need not report then."""
+    check_state_dict(module, state_dict, optional=".*", prefix=prefix)
     module.load_prefix = prefix
     for layer in module.modules():
         if hasattr(layer, "load_notes"):

@@ -6,21 +6,25 @@ this project's configs imports it first: see `MODULE2PACKAGE` below.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from textwrap import shorten
 
+import numpy as np
+import torch
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import print_log
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule, PretrainedInit
-from mmengine.registry import MODELS
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from .backbone import FMA2DBackbone
-from .checkpoint import check_state_dict
+from .checkpoint import check_state_dict, describe
 from .models import ARCHS
 
 # mmengine finds `_base_ = ["mmseg::..."]` by the distribution, which the maintained continuation has renamed; a name
@@ -31,7 +35,7 @@ except metadata.PackageNotFoundError:
     MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RuntimeError, ValueError):
     """A file of weights that is not there, cannot be read or does not fit the model; its text says why, in one line."""
 
 
@@ -61,8 +65,13 @@ class FMA2D(FMA2DBackbone, BaseModule):
     Raises:
         TypeError: for settings that there are not.
         ValueError: for settings that are out of range.
-        CheckpointError: when weights are loaded that do not fit.
+        CheckpointError: a RuntimeError, when weights are loaded that do not fit, by `init_cfg` or as part of a model:
+            one of the backbone is missing (kernels excepted) or misshapen, or the file's backbone is of another size.
+            That holds for loose loading too, as mmengine's; the backbone's own `load_state_dict(..., strict=False)`
+            alone may lack weights.
     """
+
+    may_lack = False
 
     def __init__(
         self,
@@ -106,6 +115,23 @@ class FMA2D(FMA2DBackbone, BaseModule):
         self.stages[: max(0, self.frozen_stages)].eval()
         return self
 
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        self.may_lack = not strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self.may_lack = False
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # mmengine loads models loosely (`load_from`, resume, `init_model`), past `load_state_dict` and by here.
+        try:
+            if not self.may_lack:
+                check_layout(self, state_dict, prefix)
+                check_state_dict(self, state_dict, prefix=prefix)
+        except RuntimeError as error:
+            raise CheckpointError(one_line(error)) from None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def init_weights(self) -> None:
         init_cfg = self.init_cfg
         given = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
@@ -138,12 +164,12 @@ class FMA2D(FMA2DBackbone, BaseModule):
         print_log(f"backbone: {len(built)} weights loaded from {checkpoint}{note}", "current", logging.INFO)
 
 
-def layout(state: dict[str, Tensor]) -> str:
-    """The arch that the names and shapes of a backbone's weights tell, in words."""
+def layout(state: Mapping[str, Tensor], prefix: str, stages: int) -> str:
+    """The arch that the names and shapes of the weights of a backbone's first stages tell, in words."""
     dims, depths = [], []
-    while (norm := state.get(f"stages.{len(dims)}.norm.weight")) is not None:
-        prefix = f"stages.{len(dims)}.blocks."
-        depths.append(len({name.split(".")[3] for name in state if name.startswith(prefix)}))
+    while len(dims) < stages and (norm := state.get(f"{prefix}stages.{len(dims)}.norm.weight")) is not None:
+        blocks = f"{prefix}stages.{len(dims)}.blocks."
+        depths.append(len({name[len(blocks) :].split(".")[0] for name in state if name.startswith(blocks)}))
         dims.append(len(norm))
     text = f"channels {tuple(dims)} and {tuple(depths)} blocks"
     for name, arch in ARCHS.items():
@@ -152,10 +178,20 @@ def layout(state: dict[str, Tensor]) -> str:
     return f"no known arch ({text})"
 
 
-def check_layout(backbone: FMA2D, state: dict[str, Tensor]) -> None:
-    """Raise RuntimeError if weights are of another arch than the backbone: it tells more than names and shapes."""
-    if (mine := layout(backbone.state_dict())) != (theirs := layout(state)):
-        raise RuntimeError(f"the file is of {theirs}, the model of {mine}")
+def check_layout(backbone: FMA2D, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Raise RuntimeError if there are weights of another arch than the backbone's: it tells more than names alone."""
+    if not any(name.startswith(prefix) for name in state):
+        return
+    stages = len(backbone.stages)
+    mine, theirs = layout(backbone.state_dict(), "", stages), layout(state, prefix, stages)
+    if mine == theirs:
+        return
+    problem = f"the file is of {theirs}, the model of {mine}"
+    try:
+        check_state_dict(backbone, state, prefix=prefix)
+    except RuntimeError as error:
+        raise RuntimeError(f"{problem}: {error}") from None
+    raise RuntimeError(problem)
 
 
 @contextmanager
@@ -209,9 +245,45 @@ def load_model(model: nn.Module, filename: str) -> None:
         CheckpointError: if the file is not there or does not fit the model.
     """
     state = read_weights(filename)
-    backbone = {n.removeprefix("backbone."): w for n, w in state.items() if n.startswith("backbone.")}
     with fitting(filename):
-        if isinstance(model.backbone, FMA2D) and backbone:
-            check_layout(model.backbone, backbone)
+        if isinstance(model.backbone, FMA2D):
+            check_layout(model.backbone, state, "backbone.")
         check_state_dict(model, state)
         model.load_state_dict(state)
+
+
+@HOOKS.register_module()
+class PlainCheckpoints(Hook):
+    """Has mmengine write checkpoints that load under `weights_only=True` and tell the model's settings.
+
+    What is of numpy is turned into Python's own types, the log's history into tensors; `--resume` with this hook turns
+    the history back, and without it leaves it out. `meta["fma2d"]` holds what the metadata of `save_checkpoint` does.
+    """
+
+    priority = "LOWEST"  # comes after the hooks that add something
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint["meta"]["fma2d"] = describe(runner.model)
+        for name in checkpoint:
+            if not name.endswith("state_dict"):  # tensors already, and torch's notes with them
+                checkpoint[name] = plain(checkpoint[name])
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if isinstance(hub := checkpoint.get("message_hub"), dict):
+            for name, value in hub["log_scalars"].items():
+                if isinstance(value, dict):
+                    hub["log_scalars"][name] = HistoryBuffer(*(value[part].cpu().numpy() for part in ("log", "count")))
+
+
+def plain(value):
+    """What `weights_only=True` loads, in place of mmengine's and numpy's types."""
+    if isinstance(value, HistoryBuffer):
+        log, count = value.data
+        return dict(log=torch.from_numpy(log), count=torch.from_numpy(count))
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value

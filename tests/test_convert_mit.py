@@ -181,6 +181,7 @@ def test_the_tool_writes_a_file_that_every_road_loads(tmp_path, capsys):
     with safe_open(output, "pt") as file:
         metadata = file.metadata()
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert metadata["format_version"] == "1"
     assert "non-commercial" in metadata["license"] and metadata["architecture"] == "fma2d_nano"
 
     expected = load_file(output)

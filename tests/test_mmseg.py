@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, Registry
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS as SEGMENTATION_MODELS
 from mmseg.structures import SegDataSample
@@ -189,6 +189,56 @@ def test_a_file_that_does_not_fit_is_one_clear_error(tmp_path):
     torch.save(dict(conv=torch.zeros(1)), path)
     with pytest.raises(CheckpointError, match="has no weights of an FMA2D backbone"):
         FMA2D("nano", init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
+
+
+def segmentor(**arch):
+    backbone = FMA2D(SMALL | arch, img_size=64, cell_size=4)
+    return torch.nn.ModuleDict(dict(backbone=backbone, decode_head=torch.nn.Linear(32, 5)))
+
+
+MISFITS = {
+    "another prefix": r"94 missing: backbone\.stages\.0\.\S+, .* and 91 more; no name starts with 'backbone\.'$",
+    "qkv.weight": r"1 of another shape: backbone\.stages\.0\.blocks\.0\.attn\.qkv\.weight \(\[23, 8\] in the file",
+    "kernels": r"1 of another shape: backbone\.stages\.0\.blocks\.0\.attn\.kernels \(kernels of 2 axes",
+    "missing": r"1 missing: backbone\.stages\.2\.norm\.weight$",
+    "another size": r"file is of .*channels \(8, 16, 32, 32\).* of .*channels \(8, 16, 24, 32\).* another shape: ",
+    "more blocks": r"file is of .*\(1, 2, 3, 1\) blocks\), the model of .*\(1, 2, 1, 1\) blocks\)$",
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_mmengine_cannot_load_a_backbone_that_does_not_fit(kind, tmp_path, caplog):
+    """It loads loosely and past `load_state_dict`: training began from random weights, said to have matched."""
+    arch = {"another size": dict(dims=(8, 16, 32, 32)), "more blocks": dict(depths=(1, 2, 3, 1))}.get(kind, {})
+    state, block = segmentor(**arch).state_dict(), "backbone.stages.0.blocks.0.attn."
+    if kind == "another prefix":
+        state = {name.replace("backbone.", "encoder."): weight for name, weight in state.items()}
+    elif block + kind in state:
+        state[block + kind] = state[block + kind][..., :-1, :]
+    elif kind == "missing":
+        del state["backbone.stages.2.norm.weight"]
+    torch.save(dict(state_dict=state), tmp_path / "x.pth")
+    model = segmentor()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=MISFITS[kind]) as error:
+        load_checkpoint(model, str(tmp_path / "x.pth"))
+    assert "\n" not in str(error.value) and not any("matched" in r.message for r in caplog.records)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_mmengine_may_load_another_head_and_names_what_it_leaves_out(tmp_path, caplog, capsys):
+    source, model = segmentor(), segmentor()
+    weights = source.backbone.state_dict()
+    state = source.state_dict() | {"decode_head.weight": torch.zeros(7, 32), "backbone.head.fc.bias": torch.zeros(7)}
+    torch.save(dict(state_dict=state), tmp_path / "x.pth")
+    load_checkpoint(model, str(tmp_path / "x.pth"))
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.backbone.state_dict().items())
+    (record,) = [r for r in caplog.records if "matched" in r.message]
+    counts = f"{len(weights)} of {len(weights)} weights matched, 0 missing, 1 unexpected: head.fc.bias"
+    assert counts in record.message
+    assert "size mismatch for decode_head.weight" in capsys.readouterr().out
+    result = model.backbone.load_state_dict({}, strict=False)
+    assert len(result.missing_keys) == 94
 
 
 def test_a_whole_model_loads_whole_or_not_at_all(tmp_path):

@@ -1,6 +1,8 @@
 """Segmentation in tiles against mmsegmentation's own whole mode, and tools/predict.py."""
 
 import csv
+import importlib
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import fma2d.mmseg  # noqa: F401  (registers the backbone)
+from benchmarks import records
 from fma2d.tiled import resize_part, segment, source_range
 from tools import make_scenes, predict
 
@@ -121,6 +124,10 @@ def test_peak_memory_is_that_of_the_device(monkeypatch):
     used = {"cuda:0": 0, "cuda:1": 3 << 30}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": used[device])
     assert predict.peak_memory("cuda:1").startswith("3.00 GiB")
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows, where the tools did not start
+    assert predict.peak_memory("cpu") == "not known"
+    for module in (predict, records):
+        importlib.reload(module)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,44 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     with open(config, "a") as file:
         file.write(" decode_head=dict(in_channels=[128, 256, 512, 1024]))\n")
     assert "the file is of arch 'nano'" in (error := refused(config=config)) and "arch 'base'" in error
+    assert "there is no file nowhere.pth" in refused(load_from="nowhere.pth")
+    assert "136 missing: backbone.stages" in refused(load_from=tmp_path / "nano.pth")
     assert not list((tmp_path / "work").glob("*.pth"))
+
+
+def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path):
+    """They held mmengine's log history and numbers of numpy, which `weights_only=True` refuses, and no settings."""
+
+    # Resuming, mmengine skips batches without drawing the flips of their images, so later flips would differ.
+    settings = options(scenes, **SMALL_RUN, **{"train_dataloader.dataset.pipeline.2.prob": 0.0})
+
+    def run(folder, *arguments):
+        assert train.main([str(CONFIG), "--work-dir", str(folder), *arguments, *settings]) == 0
+        return torch.load(folder / "iter_4.pth", weights_only=True)
+
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    expected = run(unbroken)
+    assert expected["meta"]["fma2d"]["format_version"] == 1 and expected["meta"]["fma2d"]["cell_size"] == 4
+    broken.mkdir()
+    shutil.copy(unbroken / "iter_2.pth", broken)
+    (broken / "last_checkpoint").write_text(str(broken / "iter_2.pth"))
+    found = run(broken, "--resume")
+    assert all(torch.equal(weight, expected["state_dict"][name]) for name, weight in found["state_dict"].items())
+    logs = [run["message_hub"]["log_scalars"]["train/loss"] for run in (found, expected)]
+    assert torch.equal(logs[0]["log"], logs[1]["log"]) and logs[0]["log"].shape == logs[0]["count"].shape == (4,)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_becomes_of_sync_bn_is_said(processes, monkeypatch, capsys):
+    """Where it was kept, nothing was said."""
+    cfg = mmseg_runs.read_config(CONFIG)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    mmseg_runs.fit_to_machine(cfg, "pytorch")
+    kind, words = ("BN", "replaced by BN") if processes == 1 else ("SyncBN", "kept")
+    assert cfg.model.decode_head.norm_cfg.type == kind
+    assert f"SyncBN: {words} in " in capsys.readouterr().out
 
 
 def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatch, capsys):

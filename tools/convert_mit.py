@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import fma2d
-from fma2d.checkpoint import write_whole
+from fma2d.checkpoint import FORMAT_VERSION, write_whole
 
 LICENCE = (
     "NVIDIA Source Code License for SegFormer, non-commercial use (research or evaluation) only; "
@@ -351,6 +351,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{output} is there already")
         metadata = {
             "format": "pt",
+            "format_version": str(FORMAT_VERSION),
             "architecture": conversion.model,
             "source": args.source.name,
             "source_sha256": hashlib.sha256(args.source.read_bytes()).hexdigest(),

@@ -99,8 +99,10 @@ def fit_to_machine(cfg: Config, launcher: str, amp: bool = False) -> None:
     if launcher == "pytorch" and "RANK" not in os.environ:
         raise UserError("--launcher pytorch is for torchrun: tools/dist_train.sh CONFIG PROCESSES")
     processes = int(os.environ.get("WORLD_SIZE", 1)) if launcher == "pytorch" else 1
-    if not (cuda and processes > 1) and (count := replace_sync_bn(cfg.model)):
-        print(f"SyncBN: replaced by BN in {count} places, as it needs several CUDA processes")
+    keep = cuda and processes > 1
+    if count := replace_sync_bn(cfg.model, keep):
+        done = "kept in {} places, for" if keep else "replaced by BN in {} places, as it needs"
+        print(f"SyncBN: {done.format(count)} several CUDA processes")
     if launcher == "pytorch" and not cuda:
         # mmengine would ask for a CUDA device whatever the backend; a group that exists it takes as it is.
         torch.distributed.init_process_group("gloo")
@@ -109,15 +111,15 @@ def fit_to_machine(cfg: Config, launcher: str, amp: bool = False) -> None:
         print(f"no CUDA: process {os.environ['RANK']} of {processes} on the CPU, by gloo")
 
 
-def replace_sync_bn(node) -> int:
-    """Turn each SyncBN in a config into BN; how many there were."""
+def replace_sync_bn(node, keep: bool = False) -> int:
+    """Turn each SyncBN in a config into BN, unless they are to be kept; how many there were."""
     if isinstance(node, list | tuple):
-        return sum(map(replace_sync_bn, node))
+        return sum(replace_sync_bn(part, keep) for part in node)
     if not isinstance(node, dict):
         return 0
-    count = sum(map(replace_sync_bn, node.values()))
+    count = sum(replace_sync_bn(part, keep) for part in node.values())
     if node.get("type") in ("SyncBN", "MMSyncBN"):
-        node["type"] = "BN"
+        node["type"] = node["type"] if keep else "BN"
         count += 1
     return count
 
@@ -157,6 +159,7 @@ def build_runner(cfg: Config, train: bool) -> Runner:
             _ = runner.val_loop
         with building("optim_wrapper"):
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.register_hook(fma2d.mmseg.PlainCheckpoints())
     return runner
 
 

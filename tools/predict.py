@@ -11,7 +11,6 @@ and for all images together legend.png and areas.csv.
 import argparse
 import csv
 import glob
-import resource
 import sys
 import time
 from functools import partial
@@ -131,9 +130,13 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def peak_memory(device: str) -> str:
-    """The largest memory so far, of this process on the CPU, of tensors on a GPU."""
+    """The largest memory so far, of this process on the CPU (Windows does not tell), of tensors on a GPU."""
     if device.startswith("cuda"):
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
+    try:
+        import resource
+    except ImportError:
+        return "not known"
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
 

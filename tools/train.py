@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmengine.config import DictAction
 
+from fma2d.mmseg import read_weights
 from tools.mmseg_runs import UserError, build_runner, check_data, fit_to_machine, read_config, run_tool
 
 
@@ -38,6 +39,8 @@ def train(args: argparse.Namespace) -> None:
         cfg.resume = True
     fit_to_machine(cfg, args.launcher, args.amp)
     check_data(cfg, ("train", "val"))
+    if cfg.get("load_from"):
+        read_weights(cfg.load_from)  # what is no checkpoint is refused now, not when all else is built
     build_runner(cfg, train=True).train()
 
 
