@@ -198,7 +198,7 @@ def draw(rows: Sequence[dict]) -> Figure:
             one.grid(alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
-    axes[1, -1].legend(fontsize=8, loc="lower left")
+    axes[1, -1].legend(fontsize=8, loc="lower right")
     figure.supxlabel(f"{rows[0]['task']}, cell size {rows[0]['cell_size']}", fontsize=8, color="0.35")
     return figure
 

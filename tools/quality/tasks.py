@@ -174,7 +174,7 @@ def dashed_path(size: int, cell_size: int, reductions: tuple[int, int]) -> Task:
         depths=(2, 2),
         cell_sizes=(cell_size, cell_size),
         reductions=reductions,
-        steps=300,
+        steps=1200,
         lr=2e-3,
         labels_tokens=True,
     )
@@ -194,7 +194,7 @@ TASKS = {
             depths=(2,),
             cell_sizes=(2,),
             reductions=(2,),
-            steps=600,
+            steps=1500,
             lr=2e-3,
             labels_tokens=True,
             head_dim=24,
