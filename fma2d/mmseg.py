@@ -7,8 +7,10 @@ this project's configs imports it first: see `MODULE2PACKAGE` below.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
+from pathlib import Path
+from pickle import UnpicklingError
 from textwrap import shorten
 
 import numpy as np
@@ -19,6 +21,7 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
+from mmengine.runner import checkpoint as runner_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -211,16 +214,30 @@ def load_from_safetensors(filename: str, map_location: str | None = None) -> dic
         return dict(state_dict={name: file.get_tensor(name) for name in names}, meta=file.metadata() or {})
 
 
+def load_tensors(filename: str, map_location: str):
+    """A file of torch.save without what could run code, which mmengine falls back to load; its log's history may be."""
+    allowed = [*getattr(runner_checkpoint, "get_torch_safe_globals", list)(), HistoryBuffer]
+    safe_globals = getattr(torch.serialization, "safe_globals", lambda _: nullcontext())  # from torch 2.5 on
+    with safe_globals(allowed):
+        return torch.load(filename, map_location=map_location, weights_only=True)
+
+
 def read_weights(filename: str, map_location: str = "cpu") -> dict[str, Tensor]:
     """The state dict in a file, out of what it may be wrapped in; weights averaged beside it (EMA) are not taken.
 
     Raises:
         CheckpointError: if the file is not there or none of weights.
     """
+    is_pickle = Path(filename).is_file() and not filename.endswith(".safetensors")
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
+        checkpoint = (load_tensors if is_pickle else CheckpointLoader.load_checkpoint)(filename, map_location)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {filename} to take weights from") from None
+    except UnpicklingError:
+        raise CheckpointError(
+            f"{filename} is not a checkpoint of tensors and plain values; what else a file holds could run code, so it "
+            "is not loaded"
+        ) from None
     except Exception as error:  # whatever unpickling a foreign file raises
         raise CheckpointError(f"{filename} is not a checkpoint: {one_line(error)}") from None
     if not isinstance(checkpoint, dict):

@@ -41,8 +41,9 @@ for p in model.parameters():
     others = [torch.empty_like(p) for _ in range(2)]
     dist.all_gather(others, p.detach())
     assert torch.equal(*others)
-dist.destroy_process_group()
 print("done", flush=True)
+dist.barrier()  # who leaves first takes the other's connection along
+dist.destroy_process_group()
 """
 
 

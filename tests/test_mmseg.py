@@ -162,11 +162,27 @@ def test_kernels_that_do_not_fit_are_refused_in_one_line(options, words, tmp_pat
     assert all(words in line for line in refusals(path, FMA2D(**options, **settings)))
 
 
+class Code:
+    """Runs when unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    """mmengine falls back to loading whatever a file holds, and only then were its weights looked at."""
+    code, state = Code(), FMA2D(SMALL).state_dict()
+    code.path = tmp_path / "ran"
+    torch.save(dict(state_dict=state, meta=code), tmp_path / "x.pth")
+    assert all("could run code" in line for line in refusals(tmp_path / "x.pth", FMA2D(SMALL)))
+    assert not code.path.exists()
+
+
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_what_is_no_checkpoint_is_refused_in_one_line(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"no checkpoint")
-    assert all("is not a checkpoint: " in line for line in refusals(path, FMA2D(SMALL)))
+    assert all("is not a checkpoint" in line for line in refusals(path, FMA2D(SMALL)))
     torch.save(torch.zeros(2), tmp_path / "tensor.pth")
     assert all("no state dict but a Tensor" in line for line in refusals(tmp_path / "tensor.pth", FMA2D(SMALL)))
 

@@ -171,8 +171,7 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert "there is no config nowhere.py" in refused(config="nowhere.py")
     assert "--amp needs a CUDA device" in refused("--amp")
     assert "--launcher pytorch is for torchrun" in refused("--launcher", "pytorch")
-    assert "--resume: there is no checkpoint in" in refused("--resume")
-    assert "there is no folder" in refused(folder=tmp_path / "nowhere")
+    assert "there is no folder" in refused("--resume", folder=tmp_path / "nowhere")  # starts from the beginning
     assert "has no model.bacbone" in refused(**{"model.bacbone.arch": "tiny"})
     assert "optim_wrapper is meant?" in refused(**{"optim_wraper.type": "x"})
     assert "cel_size" in refused(**{"model.backbone.cel_size": 4})

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.max_size <= MIN_SIZE:
         parser.error(f"--max-size must be above {MIN_SIZE}, got {args.max_size}")
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        parser.error(f"there is no checkpoint {args.checkpoint}")
     options = dict(args.model_kwargs, num_classes=args.num_classes, img_size=args.max_size)
     try:
         model = timm.create_model(args.model, exportable=True, checkpoint_path=args.checkpoint, **options).eval()

@@ -37,13 +37,16 @@ class UserError(Exception):
     """A mistake in what the user gave; its text says what, and what to do."""
 
 
-def run_tool(main: Callable[[], None]) -> int:
-    """Run a tool; a mistake of the user is one line on stderr, and 2 is returned."""
+def run_tool(main: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Run a tool; a mistake of the user is one line on stderr and 2 is returned, for Ctrl-C 130."""
     try:
         main()
     except (UserError, fma2d.mmseg.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
     return 0
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmengine.config import DictAction
 
 from fma2d.mmseg import read_weights
-from tools.mmseg_runs import UserError, build_runner, check_data, fit_to_machine, read_config, run_tool
+from tools.mmseg_runs import build_runner, check_data, fit_to_machine, read_config, run_tool
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -22,7 +22,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("config", type=Path)
     add("--work-dir", type=Path, help="folder of checkpoints and logs (work_dirs/CONFIG)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the work dir")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the work dir, if there is one")
     add("--amp", action="store_true", help="mixed precision; needs a CUDA device")
     add("--launcher", choices=("none", "pytorch"), default="none", help="pytorch: started by torchrun (none)")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings put into the config")
@@ -34,9 +34,9 @@ def train(args: argparse.Namespace) -> None:
     cfg = read_config(args.config, args.cfg_options)
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("work_dirs") / args.config.stem)
     if args.resume:
-        if not (Path(cfg.work_dir) / "last_checkpoint").is_file():
-            raise UserError(f"--resume: there is no checkpoint in {cfg.work_dir}")
-        cfg.resume = True
+        cfg.resume = (Path(cfg.work_dir) / "last_checkpoint").is_file()
+        if not cfg.resume:
+            print(f"there is no checkpoint in {cfg.work_dir}: starting from the beginning")
     fit_to_machine(cfg, args.launcher, args.amp)
     check_data(cfg, ("train", "val"))
     if cfg.get("load_from"):
@@ -47,7 +47,7 @@ def train(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train; 2 if something the user gave is wrong."""
     args = parse(argv)
-    return run_tool(lambda: train(args))
+    return run_tool(lambda: train(args), "interrupted; --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
