@@ -172,6 +172,7 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert "--amp needs a CUDA device" in refused("--amp")
     assert "--launcher pytorch is for torchrun" in refused("--launcher", "pytorch")
     assert "there is no folder" in refused("--resume", folder=tmp_path / "nowhere")  # starts from the beginning
+    assert "num_classes is 7, the train data has 15 classes" in refused(**{"model.decode_head.num_classes": 7})
     assert "has no model.bacbone" in refused(**{"model.bacbone.arch": "tiny"})
     assert "optim_wrapper is meant?" in refused(**{"optim_wraper.type": "x"})
     assert "cel_size" in refused(**{"model.backbone.cel_size": 4})

@@ -27,6 +27,7 @@ class Report:
     """What was found in one split. `problems` is empty when all is well; `pixels[label]` counts those read."""
 
     name: str
+    classes: int = 0
     images: int = 0
     annotations: int = 0
     read: int = 0
@@ -45,6 +46,7 @@ def check_split(dataset_cfg: dict, name: str, sample: int | None = None, progres
     """
     report = Report(name)
     dataset = DATASETS.build(dict(dataset_cfg, pipeline=[], lazy_init=True))
+    report.classes = len(dataset.metainfo.get("classes") or ())
     folders = [Path(dataset.data_prefix[key]) for key in ("img_path", "seg_map_path")]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         report.problems.append(

@@ -128,7 +128,10 @@ def replace_sync_bn(node, keep: bool = False) -> int:
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Raise `UserError` unless the data of these splits ("train", "val", "test") is there, and a sample of it sound."""
+    """Raise `UserError` unless the data of these splits ("train", "val", "test") is there, and a sample of it sound.
+
+    And unless the model's heads have as many classes as the data.
+    """
     for split in splits:
         dataset_cfg = cfg[f"{split}_dataloader"].dataset
         if "dataset" in dataset_cfg or "datasets" in dataset_cfg or dataset_cfg.get("ann_file"):
@@ -141,6 +144,13 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
                 f"the {split} data is not as it should be: {'; '.join(report.problems)} "
                 "(python tools/check_dataset.py CONFIG reads all of it)"
             )
+        for name in ("decode_head", "auxiliary_head"):
+            heads = cfg.model.get(name) or []
+            for head in heads if isinstance(heads, list | tuple) else [heads]:
+                if report.classes and head.get("num_classes", report.classes) != report.classes:
+                    raise UserError(
+                        f"model.{name}.num_classes is {head.num_classes}, the {split} data has {report.classes} classes"
+                    )
         print(f"{split} data: {report.images} images, {report.read} of them read, all well")
 
 

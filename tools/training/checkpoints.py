@@ -89,8 +89,8 @@ def load_weights(
         raise InputError(f"{path} holds {architecture}, not {name}")
     try:
         stored = load_state_dict(str(path))
-    except Exception as error:  # whatever unpickling a foreign file raises
-        raise InputError(f"{path} is not a checkpoint: {' '.join(str(error).split())}") from None
+    except Exception:  # whatever unpickling a foreign file raises; what it advises would run code that a file holds
+        raise InputError(f"{path} is not a checkpoint of tensors and plain values") from None
     own, classifier = model.state_dict(), model.pretrained_cfg["classifier"]
     head, weight = {key for key in own if key.startswith(f"{classifier}.")}, f"{classifier}.weight"
     if new_head:
