@@ -148,7 +148,7 @@ BROKEN = {
 def test_checker_finds(message, copy):
     image = copy / "images/training/ADE_train_00000002.jpg"
     BROKEN[message](copy, image, copy / "annotations/training/ADE_train_00000002.png")
-    cfg = dict(type="ADE20KDataset", data_root=str(copy))
+    cfg = dict(type=ADE20KDataset, data_root=str(copy))  # not by name: the scope of mmseg may not be set here
     cfg["data_prefix"] = dict(img_path="images/training", seg_map_path="annotations/training")
     report = check_dataset.check_split(cfg, "train", sample=64)
     assert message in check_dataset.describe(report)
@@ -171,6 +171,11 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert "there is no config nowhere.py" in refused(config="nowhere.py")
     assert "--amp needs a CUDA device" in refused("--amp")
     assert "--launcher pytorch is for torchrun" in refused("--launcher", "pytorch")
+    (tmp_path / "work").mkdir()
+    torch.save(dict(state_dict={}, meta=Path.touch), tmp_path / "work" / "iter_1.pth")  # could run code
+    (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_1.pth"))
+    assert "could run code" in refused("--resume")
+    shutil.rmtree(tmp_path / "work")
     assert "there is no folder" in refused("--resume", folder=tmp_path / "nowhere")  # starts from the beginning
     assert "num_classes is 7, the train data has 15 classes" in refused(**{"model.decode_head.num_classes": 7})
     assert "has no model.bacbone" in refused(**{"model.bacbone.arch": "tiny"})

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmengine.config import DictAction
+from mmengine.runner import find_latest_checkpoint
 
 from fma2d.mmseg import read_weights
 from tools.mmseg_runs import build_runner, check_data, fit_to_machine, read_config, run_tool
@@ -39,8 +40,9 @@ def train(args: argparse.Namespace) -> None:
             print(f"there is no checkpoint in {cfg.work_dir}: starting from the beginning")
     fit_to_machine(cfg, args.launcher, args.amp)
     check_data(cfg, ("train", "val"))
-    if cfg.get("load_from"):
-        read_weights(cfg.load_from)  # what is no checkpoint is refused now, not when all else is built
+    start = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None)
+    if start:
+        read_weights(start)  # what is no checkpoint is refused now, before mmengine runs the code it may hold
     build_runner(cfg, train=True).train()
 
 
