@@ -187,8 +187,20 @@ def test_wrong_operator_is_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(operator_benchmark, "multipole_attention", slightly_wrong)
     assert benchmark.main(["operator", "--grids", "16", "--out", str(tmp_path / "rows.csv")]) == 1
     errors = capsys.readouterr().err.strip()
-    assert errors.startswith("gate failed: torch backend, linear, float32, cpu: out is") and "\n" not in errors
+    assert errors.startswith("error: torch backend, linear, float32, cpu: out is") and "\n" not in errors
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_interrupted_benchmark_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    from tools import benchmark
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "measure", interrupt)
+    words = ["model", "--models", "fma2d_nano", "--sizes", "64", "--out", str(tmp_path / "rows.csv")]
+    assert benchmark.main(words) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
 
 
 @pytest.mark.parametrize("mode", ["inference", "training step"])

@@ -118,7 +118,7 @@ def test_the_tool_exports_and_checks_a_model(tmp_path, capsys):
 def test_the_tool_says_what_is_wrong(tmp_path, capsys):
     for arguments, words in [
         (["fma2d_nano", "--max-size", "32"], "--max-size must be above 64"),
-        (["fma2d_giant"], "Unknown model"),
+        (["fma2d_tini"], "timm has no model fma2d_tini; near it are fma2d_tiny"),
         (["fma2d_nano", "--model-kwargs", "window=7"], "window"),
     ]:
         with pytest.raises(SystemExit):

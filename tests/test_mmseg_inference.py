@@ -146,6 +146,6 @@ def test_predict_says_what_is_wrong_in_one_line(arguments, message, tmp_path, ca
     if "cannot be read" in message:
         monkeypatch.setattr(predict, "Predictor", lambda *args: None)
     places = dict(empty=tmp_path / "empty", text=tmp_path / "text.jpg")
-    assert predict.main([a.format(**places) for a in arguments] + ["--out", str(tmp_path / "out")]) == 2
+    assert predict.main([a.format(**places) for a in arguments] + ["--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip()
     assert message in error and error.splitlines()[-1].startswith("error: ")

@@ -157,7 +157,7 @@ def test_checker_finds(message, copy):
 
 def refuse(tool, arguments, capsys):
     """The one line of a refusal, which comes before any training."""
-    assert tool.main([str(argument) for argument in arguments]) == 2
+    assert tool.main([str(argument) for argument in arguments]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1
     return lines[-1]

@@ -20,11 +20,11 @@ from benchmarks import text_benchmark
 from benchmarks.records import new_row
 from fma2d.text import load_model
 from tools import compare_text, train_text
+from tools.ending import InputError
 from tools.text import comparison, corpus, figures
 from tools.text.batches import IGNORED, EvalWindows, TrainWindows, WindowBatches, padded, window
 from tools.text.engine import TextTraining, evaluate_language
 from tools.text.recipe import TextRecipe, text_model
-from tools.training import InputError
 from tools.training.checkpoints import load_state
 from tools.training.engine import Processes
 from tools.training.recipe import make_recipe, read_values, to_yaml

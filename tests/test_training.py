@@ -20,7 +20,7 @@ from training_cases import images as images
 from training_cases import recipe_file as recipe_file
 
 from tools import make_digits, train_classifier, validate
-from tools.training import InputError
+from tools.ending import InputError
 from tools.training.checkpoints import load_state, read_metadata
 from tools.training.data import EvalBatches, ImageFolder, TrainBatches, list_images, make_loader, train_transform
 from tools.training.engine import Processes, Training

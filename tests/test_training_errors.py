@@ -16,7 +16,7 @@ from training_cases import images as images
 from training_cases import recipe_file as recipe_file
 
 from tools import train_classifier, validate
-from tools.training import InputError
+from tools.ending import InputError
 from tools.training.checkpoints import load_state, load_weights, save_state
 from tools.training.recipe import make_recipe, read_values
 
@@ -68,7 +68,7 @@ def test_finished_run_is_not_lost(images, finished, capsys, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "fma2d_nan"], "cannot build fma2d_nan"),
+        (["--model", "fma2d_nan"], "timm has no model fma2d_nan; near it are fma2d_nano"),
         (["--model-kwargs", "{cell_sise: 2}"], "cell_sise"),
         (["--model-kwargs", "{num_classes: 2}"], "model_kwargs num_classes have keys of their own"),
         (["--attention", "dense"], "cell_size, rank cannot be given with attn_layer"),
@@ -202,12 +202,15 @@ def test_validate_bad_inputs(images, finished, tmp_path, capsys):
     good, data = str(finished / "run" / "last.safetensors"), ["--data-dir", str(images), "--workers", "0"]
     bare = tmp_path / "bare.pt"
     torch.save(load_file(good), bare)
+    junk = tmp_path / "junk.pth"
+    junk.write_text("junk")
     for words, message in (
         (["absent.pt"], "there is no checkpoint absent.pt"),
         (["fma2d_nan"], "is neither a file nor a pretrained model"),
-        ([str(bare)], "does not say what model it is for: name it with --model"),
+        ([str(bare)], "does not say what classifier it is of: name it with --model"),
+        ([str(junk)], "is not a checkpoint of tensors and plain values"),
         ([str(bare), "--model", "fma2d_tiny"], "does not fit fma2d_tiny"),
-        ([good, "--split", "test"], "has no folder test"),
+        ([good, "--split", "test"], "has no folder test\n"),
         ([good, "--publish", good], "exists already"),
     ):
         assert message in error_line(capsys, validate.main, [*words, *data])

@@ -29,10 +29,10 @@ from tqdm import trange
 from benchmarks.records import ROOT, origin, write_rows
 from fma2d import num_levels
 from fma2d.baselines import DenseAttention
+from tools.ending import InputError, ending
 from tools.quality import dense, report, runs
 from tools.quality.model import VARIANTS
 from tools.quality.tasks import TASKS, Task
-from tools.training import InputError
 
 SETTING = ("task", "variant", "cell_size", "rank", "kernels", "level")
 COLUMNS = (*SETTING, "error", "score", "full_score", "tune_steps", *runs.ORIGIN)
@@ -203,25 +203,21 @@ def draw(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, write, draw; 1 if there is no such model."""
+@ending(ValueError)
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write, draw."""
     args = parse(argv)
-    try:
-        if not args.state.exists():
-            train = "tools/compare_attention.py --tasks look_afar --variants full --seeds 0 --results out/quality"
-            raise InputError(f"there is no {args.state}; python {train} trains such a model")
-        model, run = runs.trained_model(args.state)
-        if run.variant != "full":
-            raise InputError(f"{args.state} is of a run with {VARIANTS[run.variant]}, not with full attention")
-        facts = origin()
-        found = measure(model, run, args.cell_size or run.cells[0], args.rank, args.variants, args.steps)
-        rows = [{name: runs.as_text((row | facts)[name]) for name in COLUMNS} for row in found]
-    except (InputError, ValueError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
+    if not args.state.exists():
+        train = "tools/compare_attention.py --tasks look_afar --variants full --seeds 0 --results out/quality"
+        raise InputError(f"there is no {args.state}; python {train} trains such a model")
+    model, run = runs.trained_model(args.state)
+    if run.variant != "full":
+        raise InputError(f"{args.state} is of a run with {VARIANTS[run.variant]}, not with full attention")
+    facts = origin()
+    found = measure(model, run, args.cell_size or run.cells[0], args.rank, args.variants, args.steps)
+    rows = [{name: runs.as_text((row | facts)[name]) for name in COLUMNS} for row in found]
     write_rows(args.out, COLUMNS, rows)
     print(f"\n{report.plain(table(rows))}\n\n{args.out}\n{report.save(draw(rows), args.figure)}")
-    return 0
 
 
 if __name__ == "__main__":

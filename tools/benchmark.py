@@ -17,6 +17,7 @@ from benchmarks import model_benchmark, operator_benchmark, segmentation_benchma
 from benchmarks.harness import GateError, Limits, Task, idle_cpus, run
 from benchmarks.operator_benchmark import VARIANTS
 from benchmarks.records import ROOT, Results
+from tools.ending import GOES_ON, ending
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,18 +82,15 @@ def plan(args: argparse.Namespace) -> tuple[ModuleType, list[Task]]:
     return operator_benchmark, operator_benchmark.tasks(grids, heads=args.heads, head_dim=args.head_dim, **setting)
 
 
+@ending(GateError, interrupted=GOES_ON)
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 1 if a result is wrong."""
+    """Run the benchmark."""
     args = parse(argv)
     idle_cpus()  # warns
     results = Results(args.out or ROOT / "benchmarks" / "results" / f"{args.benchmark}.csv")
     limits = Limits(args.time_budget, args.memory_budget, args.repeat)
-    try:
-        benchmark, tasks = plan(args)
-        rows = run(tasks, results, limits, args.fresh)
-    except GateError as error:
-        print(f"gate failed: {error}", file=sys.stderr)
-        return 1
+    benchmark, tasks = plan(args)
+    rows = run(tasks, results, limits, args.fresh)
     print(f"\n{rows[0]['machine']}, threads: {rows[0]['threads']}, torch {rows[0]['torch']}, {args.dtype}\n")
     print(benchmark.table(rows))
     print(f"\nrows in {results.path}")

@@ -17,6 +17,8 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from tqdm import tqdm
 
+from tools.ending import ending
+
 DEFAULT = Path(__file__).resolve().parents[1] / "configs/ade20k/segformer_fma2d-nano_8xb2-160k_ade20k-512x512.py"
 SHOWN = 5  # files named per kind of problem
 IGNORED = 255  # a label that counts nowhere, whatever the number of classes
@@ -124,20 +126,17 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
+@ending()
 def main(argv: list[str] | None = None) -> int:
     """Check the training and the validation set of a config; 1 if something is wrong."""
-    from tools.mmseg_runs import UserError, read_config
+    from tools.mmseg_runs import read_config
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", type=Path, default=DEFAULT, help="default: ADE20K")
     parser.add_argument("--data-root", help="folder of the data set (the config's)")
     parser.add_argument("--sample", type=int, help="pairs to read of each split (all)")
     args = parser.parse_args(argv)
-    try:
-        cfg = read_config(args.config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg = read_config(args.config)
     reports = []
     for split in ("train", "val"):
         dataset_cfg = cfg[f"{split}_dataloader"].dataset

@@ -30,10 +30,10 @@ from benchmarks.records import ROOT, Results, commit
 from benchmarks.records import read_rows as read_costs
 from fma2d.geometry import tiling
 from tools import approximation
+from tools.ending import GOES_ON, ending
 from tools.quality import report, runs
 from tools.quality.model import VARIANTS, matched_ratio
 from tools.quality.tasks import TASKS
-from tools.training import InputError
 
 FORMS = dict(small=(("digits", "scenes"), (0, 1)), large=(("look_afar", "dashed_64", "dashed_128"), (0, 1, 2)))
 SWEEP_TASK = "look_afar"
@@ -173,24 +173,20 @@ def write_reports(recorded: Recorded, figures: Path) -> None:
         print(report.save(approximation.draw(recorded.swapped), figures / "quality_approximation.png"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make what is missing and report; 1 if something cannot be."""
+@ending(GateError, interrupted=GOES_ON)
+def main(argv: list[str] | None = None) -> None:
+    """Make what is missing and report."""
     args = parse(argv)
-    try:
-        if not args.report:
-            planned = plan(args)
-            train(planned, args.output, args.results / "quality.csv", args.results / "quality_curves.csv")
-            if args.sweep and args.side:
-                measure_operator(planned, args.side, args.results / "quality_operator.csv")
-        own = args.results.resolve() == ROOT / "benchmarks" / "results"
-        recorded = Recorded(args.results)
-        write_reports(recorded, FIGURES if own else args.results)
-        if own:
-            PAGE.write_text(recorded.fill(PAGE.read_text()))
-    except (InputError, GateError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if not args.report:
+        planned = plan(args)
+        train(planned, args.output, args.results / "quality.csv", args.results / "quality_curves.csv")
+        if args.sweep and args.side:
+            measure_operator(planned, args.side, args.results / "quality_operator.csv")
+    own = args.results.resolve() == ROOT / "benchmarks" / "results"
+    recorded = Recorded(args.results)
+    write_reports(recorded, FIGURES if own else args.results)
+    if own:
+        PAGE.write_text(recorded.fill(PAGE.read_text()))
 
 
 if __name__ == "__main__":

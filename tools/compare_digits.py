@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import text_table
 from benchmarks.records import ROOT, append_rows, children_seconds, origin, read_rows
+from tools.ending import ending
 from tools.training.model import recipe_model
 from tools.training.recipe import make_recipe, read_values
 
@@ -28,6 +29,7 @@ COLUMNS = (
 )
 
 
+@ending(interrupted="interrupted; finished runs are kept")
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, print the table; 1 if a run fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

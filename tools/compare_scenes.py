@@ -19,6 +19,7 @@ from mmengine.registry import MODELS
 
 from benchmarks.harness import text_table
 from benchmarks.records import ROOT, append_rows, children_seconds, origin, read_rows
+from tools.ending import ending
 from tools.make_scenes import LABELS, LONG_RANGE
 from tools.mmseg_runs import read_config, replace_sync_bn
 
@@ -30,6 +31,7 @@ COLUMNS = (
 )
 
 
+@ending(interrupted="interrupted; finished runs are kept")
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, print the table; 1 if a run fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

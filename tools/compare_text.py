@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import text_benchmark
 from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
 from benchmarks.records import ROOT, Results, total_mib, write_rows
+from tools.ending import GOES_ON, InputError, ending
 from tools.text import comparison, figures
 from tools.text.recipe import TextRecipe
-from tools.training import InputError
 from tools.training.recipe import make_recipe, read_values
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,15 +66,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@ending(GateError, interrupted=GOES_ON)
 def main(argv: list[str] | None = None) -> int:
-    """Compare; 1 if something given cannot be used, or a result is wrong."""
+    """Compare; 1 if a training fails."""
     args = parse(argv)
-    try:
-        base = make_recipe(read_values(args.recipe, TextRecipe), str(args.recipe), TextRecipe)
-        return runtime(args, base) if args.comparison == "runtime" else trained(args, base)
-    except (InputError, GateError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    base = make_recipe(read_values(args.recipe, TextRecipe), str(args.recipe), TextRecipe)
+    return runtime(args, base) if args.comparison == "runtime" else trained(args, base)
 
 
 def trained(args: argparse.Namespace, base: TextRecipe) -> int:

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,6 +34,7 @@ from torch import Tensor
 
 import fma2d
 from fma2d.checkpoint import FORMAT_VERSION, write_whole
+from tools.ending import ending
 
 LICENCE = (
     "NVIDIA Source Code License for SegFormer, non-commercial use (research or evaluation) only; "
@@ -323,10 +323,10 @@ def read(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is not a safetensors file: {error}") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception:  # whatever unpickling a foreign file raises
         raise ValueError(
-            f"{path} cannot be read as tensors only. If you trust it, save its weights alone first: "
-            f"torch.save(torch.load(path, weights_only=False)['state_dict'], new_path). {str(error).splitlines()[0]}"
+            f"{path} is not a checkpoint of tensors and plain values; what else a file holds could run code, so it is "
+            "not loaded. Where it comes from a program that you trust, have that save the state dict alone"
         ) from None
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
@@ -336,37 +336,35 @@ def read(path: Path) -> dict[str, Tensor]:
     return state
 
 
+@ending(ValueError, OSError)
 def main(argv: list[str] | None = None) -> None:
     """Convert a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the published checkpoint: .pth, .bin or .safetensors")
     parser.add_argument("output", type=Path, nargs="?", help="(beside the source, as SOURCE.MODEL.safetensors)")
     args = parser.parse_args(argv)
-    try:
-        if not args.source.exists():
-            raise ValueError(f"there is no file {args.source}; give one of NVlabs, mmsegmentation or Hugging Face")
-        conversion = convert(read(args.source))
-        output = args.output or args.source.with_suffix(f".{conversion.model}.safetensors")
-        if output.exists():
-            raise ValueError(f"{output} is there already")
-        metadata = {
-            "format": "pt",
-            "format_version": str(FORMAT_VERSION),
-            "architecture": conversion.model,
-            "source": args.source.name,
-            "source_sha256": hashlib.sha256(args.source.read_bytes()).hexdigest(),
-            "source_style": conversion.style,
-            "license": LICENCE,
-            "made_by": f"fma2d {fma2d.__version__}, tools/convert_mit.py",
-        }
-        # Not save_file, whose files only their owner can read.
-        write_whole(output, lambda temporary: temporary.write_bytes(save(conversion.state, metadata)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    if not args.source.exists():
+        raise ValueError(f"there is no file {args.source}; give one of NVlabs, mmsegmentation or Hugging Face")
+    conversion = convert(read(args.source))
+    output = args.output or args.source.with_suffix(f".{conversion.model}.safetensors")
+    if output.exists():
+        raise ValueError(f"{output} is there already")
+    metadata = {
+        "format": "pt",
+        "format_version": str(FORMAT_VERSION),
+        "architecture": conversion.model,
+        "source": args.source.name,
+        "source_sha256": hashlib.sha256(args.source.read_bytes()).hexdigest(),
+        "source_style": conversion.style,
+        "license": LICENCE,
+        "made_by": f"fma2d {fma2d.__version__}, tools/convert_mit.py",
+    }
+    # Not save_file, whose files only their owner can read.
+    write_whole(output, lambda temporary: temporary.write_bytes(save(conversion.state, metadata)))
     print(conversion.account())
     print(f"licence: {LICENCE}")
     print(f"written: {output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,11 +19,15 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 import fma2d
+from tools.ending import ending
+from tools.training.checkpoints import load_weights
+from tools.training.model import no_model
 
 MIN_SIZE = 64
 TOLERANCE = 1e-4  # of the largest output, in float32
 
 
+@ending()
 def main(argv: list[str] | None = None) -> int:
     """Export and check; 1 if a result differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -31,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-size", type=int, default=512, help="the largest height and width, pixels; fixes the levels"
     )
-    parser.add_argument("--checkpoint", help="weights (safetensors or PyTorch); without, they are random")
+    parser.add_argument("--checkpoint", type=Path, help="weights (safetensors or PyTorch); without, they are random")
     parser.add_argument("--num-classes", type=int, help="classes of the head; 0 for pooled features")
     parser.add_argument(
         "--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="more options, as cell_size=4"
@@ -42,15 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.max_size <= MIN_SIZE:
         parser.error(f"--max-size must be above {MIN_SIZE}, got {args.max_size}")
-    if args.checkpoint and not Path(args.checkpoint).is_file():
-        parser.error(f"there is no checkpoint {args.checkpoint}")
+    if not timm.is_model(args.model):
+        parser.error(no_model(args.model))
     options = dict(args.model_kwargs, num_classes=args.num_classes, img_size=args.max_size)
     try:
-        model = timm.create_model(args.model, exportable=True, checkpoint_path=args.checkpoint, **options).eval()
-    except (RuntimeError, ValueError, TypeError, FileNotFoundError) as error:
+        eager = timm.create_model(args.model, **options).eval()
+        model = timm.create_model(args.model, exportable=True, **options).eval()
+    except (RuntimeError, ValueError, TypeError) as error:
         parser.error(f"{args.model} cannot be made: {error}")
-    eager = timm.create_model(args.model, **options).eval()
-    eager.load_state_dict(model.state_dict())
+    if args.checkpoint:
+        load_weights(eager, args.checkpoint, args.model)
+    model.load_state_dict(eager.state_dict())
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.model}_{args.max_size}"
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from fma2d.text import CausalLM, load_model
-from tools.training import InputError
+from tools.ending import InputError, ending
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -38,18 +38,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Generate; 1 if something given cannot be used."""
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+@ending()
+def main(argv: list[str] | None = None) -> None:
+    """Generate."""
+    run(parse(argv))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,9 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from tools.ending import InputError, ending
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,8 +50,9 @@ def write_digits(out: Path, size: int) -> dict[str, int]:
     return {"train": len(train), "val": len(val)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the data set; 1 if there is something in its place."""
+@ending()
+def main(argv: list[str] | None = None) -> None:
+    """Write the data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "digits", help="folder to write (data/digits)")
     parser.add_argument("--size", type=int, default=32, help="pixels a side (32)")
@@ -55,11 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")
     if args.out.exists():
-        print(f"error: {args.out} exists already; remove it, or name another with --out", file=sys.stderr)
-        return 1
+        raise InputError(f"{args.out} exists already; remove it, or name another with --out")
     counts = write_digits(args.out, args.size)
     print(f"{args.out}: {counts['train']} images for training, {counts['val']} for validation, {args.size} px")
-    return 0
 
 
 if __name__ == "__main__":

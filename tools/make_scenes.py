@@ -26,6 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
+from tools.ending import ending
 from tools.make_digits import whole_folder
 
 VERSION = 1  # of the generator: the same version, seed and index give the same scene
@@ -298,6 +299,7 @@ def pixel_baseline(seed: int, scenes: int = 200, per_scene: int = 300, test_scen
     return ious
 
 
+@ending()
 def main(argv: list[str] | None = None) -> int:
     """Generate, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

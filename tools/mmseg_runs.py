@@ -1,12 +1,11 @@
 """What tools/train.py, tools/test.py and tools/predict.py share: reading a config, fitting it to the machine, checks.
 
-Whatever is wrong with what the user gave is a `UserError` of one line, raised before any work is done.
+Whatever is wrong with what the user gave is an `InputError` of one line, raised before any work is done.
 """
 
 import difflib
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from mmseg.utils import register_all_modules
 
 import fma2d.mmseg
 from tools.check_dataset import IGNORED, check_split
+from tools.ending import InputError
 
 # The top-level settings of a config that mmengine's Runner reads.
 RUNNER_KEYS = (
@@ -33,39 +33,22 @@ RUNNER_KEYS = (
 SAMPLE = 64  # pairs of image and annotation read before a run
 
 
-class UserError(Exception):
-    """A mistake in what the user gave; its text says what, and what to do."""
-
-
-def run_tool(main: Callable[[], None], interrupted: str = "interrupted") -> int:
-    """Run a tool; a mistake of the user is one line on stderr and 2 is returned, for Ctrl-C 130."""
-    try:
-        main()
-    except (UserError, fma2d.mmseg.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    return 0
-
-
 def read_config(path: Path, options: dict | None = None) -> Config:
     """A config with the options of the command line in it."""
     if not path.is_file():
-        raise UserError(f"there is no config {path}")
+        raise InputError(f"there is no config {path}")
     register_all_modules(init_default_scope=False)
     try:
         cfg = Config.fromfile(str(path))
     except (KeyError, TypeError, ValueError, AttributeError, NameError, SyntaxError, OSError, ImportError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     known = [*RUNNER_KEYS, *cfg.keys()]
     for key in options or {}:
         check_option(cfg, key, known)
     cfg.merge_from_dict(options or {})
     for key in cfg:
         if key not in RUNNER_KEYS and (close := difflib.get_close_matches(key, RUNNER_KEYS, 1, 0.9)):
-            raise UserError(f"{path} sets {key}, which nothing reads; {close[0]} is meant?")
+            raise InputError(f"{path} sets {key}, which nothing reads; {close[0]} is meant?")
     init_default_scope(cfg.get("default_scope", "mmseg"))
     return cfg
 
@@ -76,7 +59,7 @@ def check_option(cfg: Config, key: str, known: list[str]) -> None:
     if names[0] not in known:
         close = difflib.get_close_matches(names[0], known, 1)
         hint = f"; {close[0]} is meant?" if close else ""
-        raise UserError(f"--cfg-options {key}: the config has no {names[0]}{hint}")
+        raise InputError(f"--cfg-options {key}: the config has no {names[0]}{hint}")
     node = cfg
     for depth, name in enumerate(parents):
         if isinstance(node, list | tuple) and name.isdecimal() and int(name) < len(node):
@@ -84,7 +67,7 @@ def check_option(cfg: Config, key: str, known: list[str]) -> None:
         elif isinstance(node, dict | Config) and name in node:
             node = node[name]
         else:
-            raise UserError(f"--cfg-options {key}: the config has no {'.'.join(names[: depth + 1])}")
+            raise InputError(f"--cfg-options {key}: the config has no {'.'.join(names[: depth + 1])}")
 
 
 def fit_to_machine(cfg: Config, launcher: str, amp: bool = False) -> None:
@@ -95,12 +78,12 @@ def fit_to_machine(cfg: Config, launcher: str, amp: bool = False) -> None:
     cuda = torch.cuda.is_available()
     if amp:
         if not cuda:
-            raise UserError("--amp needs a CUDA device, and there is none here; leave it out")
+            raise InputError("--amp needs a CUDA device, and there is none here; leave it out")
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     cfg.launcher = launcher
     if launcher == "pytorch" and "RANK" not in os.environ:
-        raise UserError("--launcher pytorch is for torchrun: tools/dist_train.sh CONFIG PROCESSES")
+        raise InputError("--launcher pytorch is for torchrun: tools/dist_train.sh CONFIG PROCESSES")
     processes = int(os.environ.get("WORLD_SIZE", 1)) if launcher == "pytorch" else 1
     keep = cuda and processes > 1
     if count := replace_sync_bn(cfg.model, keep):
@@ -128,7 +111,7 @@ def replace_sync_bn(node, keep: bool = False) -> int:
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Raise `UserError` unless the data of these splits ("train", "val", "test") is there, and a sample of it sound.
+    """Raise `InputError` unless the data of these splits ("train", "val", "test") is there, and a sample of it sound.
 
     And unless the model's heads have as many classes as the data.
     """
@@ -140,7 +123,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         with building(f"{split}_dataloader.dataset"):
             report = check_split(dataset_cfg, split, SAMPLE)
         if report.problems:
-            raise UserError(
+            raise InputError(
                 f"the {split} data is not as it should be: {'; '.join(report.problems)} "
                 "(python tools/check_dataset.py CONFIG reads all of it)"
             )
@@ -148,7 +131,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
             heads = cfg.model.get(name) or []
             for head in heads if isinstance(heads, list | tuple) else [heads]:
                 if report.classes and head.get("num_classes", report.classes) != report.classes:
-                    raise UserError(
+                    raise InputError(
                         f"model.{name}.num_classes is {head.num_classes}, the {split} data has {report.classes} classes"
                     )
         print(f"{split} data: {report.images} images, {report.read} of them read, all well")
@@ -178,12 +161,12 @@ def build_runner(cfg: Config, train: bool) -> Runner:
 
 @contextmanager
 def building(part: str) -> Iterator[None]:
-    """Turn what goes wrong while a part of the config is built into a `UserError`."""
+    """Turn what goes wrong while a part of the config is built into an `InputError`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         line = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"the config is wrong, {part} cannot be built: {line}") from error
+        raise InputError(f"the config is wrong, {part} cannot be built: {line}") from error
 
 
 def first_line(error: Exception) -> str:

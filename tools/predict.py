@@ -29,9 +29,10 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from fma2d.mmseg import load_model
+from fma2d.mmseg import CheckpointError, load_model
 from fma2d.tiled import segment, smallest_integer
-from tools.mmseg_runs import UserError, annotation_labels, read_config, replace_sync_bn, run_tool
+from tools.ending import InputError, ending
+from tools.mmseg_runs import annotation_labels, read_config, replace_sync_bn
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x128.py"
@@ -63,7 +64,7 @@ class Predictor:
         replace_sync_bn(cfg.model)
         cfg.model.test_cfg.mode = mode
         if mode == "slide" and not {"crop_size", "stride"} <= cfg.model.test_cfg.keys():
-            raise UserError("--mode slide needs crop_size and stride in the config's model.test_cfg")
+            raise InputError("--mode slide needs crop_size and stride in the config's model.test_cfg")
         self.model: nn.Module = MODELS.build(cfg.model).eval().to(device)
         load_model(self.model, str(checkpoint))
         self.mode, self.tile = mode, tile
@@ -108,15 +109,15 @@ def find_images(inputs: list[str]) -> list[Path]:
         if path.is_dir():
             paths = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
             if not paths:
-                raise UserError(f"the folder {path} holds no image ({', '.join(sorted(SUFFIXES))})")
+                raise InputError(f"the folder {path} holds no image ({', '.join(sorted(SUFFIXES))})")
         else:
             paths = [path] if path.is_file() else sorted(map(Path, glob.glob(text, recursive=True)))
             if not paths:
-                raise UserError(f"there is no image {text}")
+                raise InputError(f"there is no image {text}")
         found += paths
     stems = [path.stem for path in found]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise UserError(f"images of the same name would overwrite each other's results: {', '.join(twice)}")
+        raise InputError(f"images of the same name would overwrite each other's results: {', '.join(twice)}")
     return found
 
 
@@ -126,7 +127,7 @@ def read_picture(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from None
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
 
 
 def peak_memory(device: str) -> str:
@@ -191,10 +192,10 @@ def predict(args: argparse.Namespace) -> None:
     print(f"{len(paths)} images in {seconds:.1f} s, peak memory {peak_memory(args.device)}; results in {args.out}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Predict; 2 if something the user gave is wrong."""
-    args = parse(argv)
-    return run_tool(lambda: predict(args))
+@ending(CheckpointError)
+def main(argv: list[str] | None = None) -> None:
+    """Predict."""
+    predict(parse(argv))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import nn
 
 from fma2d.checkpoint import save_checkpoint
-from fma2d.mmseg import load_model
-from tools.mmseg_runs import annotation_labels, build_runner, check_data, fit_to_machine, read_config, run_tool
+from fma2d.mmseg import CheckpointError, load_model
+from tools.ending import ending
+from tools.mmseg_runs import annotation_labels, build_runner, check_data, fit_to_machine, read_config
 
 
 class WritePredictions(Hook):
@@ -101,10 +102,10 @@ def test(args: argparse.Namespace) -> None:
         publish(model, args.publish, cfg, metrics)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Test; 2 if something the user gave is wrong."""
-    args = parse(argv)
-    return run_tool(lambda: test(args))
+@ending(CheckpointError)
+def main(argv: list[str] | None = None) -> None:
+    """Test."""
+    test(parse(argv))
 
 
 if __name__ == "__main__":

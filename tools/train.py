@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmengine.config import DictAction
 from mmengine.runner import find_latest_checkpoint
 
-from fma2d.mmseg import read_weights
-from tools.mmseg_runs import build_runner, check_data, fit_to_machine, read_config, run_tool
+from fma2d.mmseg import CheckpointError, read_weights
+from tools.ending import ending
+from tools.mmseg_runs import build_runner, check_data, fit_to_machine, read_config
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,10 +47,10 @@ def train(args: argparse.Namespace) -> None:
     build_runner(cfg, train=True).train()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train; 2 if something the user gave is wrong."""
-    args = parse(argv)
-    return run_tool(lambda: train(args), "interrupted; --resume goes on from the last checkpoint")
+@ending(CheckpointError, interrupted="interrupted; --resume goes on from the last checkpoint")
+def main(argv: list[str] | None = None) -> None:
+    """Train."""
+    train(parse(argv))
 
 
 if __name__ == "__main__":

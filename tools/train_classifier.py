@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.training import InputError
+from tools.ending import InputError
 from tools.training.data import (
     WORKERS,
     EvalBatches,

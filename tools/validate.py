@@ -21,8 +21,8 @@ import yaml
 from timm.data import resolve_data_config
 from torch import nn
 
-from tools.training import InputError
-from tools.training.checkpoints import load_weights, read_metadata, save_weights, sha256
+from tools.ending import InputError, ending
+from tools.training.checkpoints import load_weights, read_metadata, read_tensors, save_weights, sha256
 from tools.training.data import WORKERS, EvalBatches, ImageFolder, eval_transform, find_split, list_images, make_loader
 from tools.training.engine import Processes, evaluate
 from tools.training.model import build_model
@@ -50,17 +50,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Validate; 1 if something given cannot be used."""
-    args = parse(argv)
-    try:
-        return run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+@ending()
+def main(argv: list[str] | None = None) -> None:
+    """Validate."""
+    run(parse(argv))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Validate as the command line says."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -92,7 +88,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(samples) / scores['seconds']:.1f} images/s in the model, on {device}, {args.amp or 'float32'}")
     if args.publish:
         publish(args, model, scores, metadata)
-    return 0
 
 
 def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn.Module:
@@ -110,7 +105,8 @@ def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn
         raise InputError(f"--model-kwargs must be a mapping, e.g. '{{cell_size: 2}}', got {args.model_kwargs!r}")
     name = args.model or metadata.get("architecture")
     if name is None:
-        raise InputError(f"{path} does not say what model it is for: name it with --model")
+        read_tensors(path)  # says so if it is no checkpoint
+        raise InputError(f"{path} does not say what classifier it is of: name it with --model")
     config = metadata.get("data_config", {})
     input_size = config.get("input_size", (3, 224, 224))
     model = build_model(

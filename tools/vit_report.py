@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks import vit_benchmark
 from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
 from benchmarks.records import ROOT, Results, origin, write_rows
+from tools.ending import GOES_ON, ending
 
 ORIGIN = ("torch", "timm", "fma2d", "commit", "command")
 
@@ -69,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cost(args: argparse.Namespace) -> int:
-    """Measure and print; 1 if a result is wrong."""
+    """Measure and print."""
     idle_cpus()  # warns
     tasks = vit_benchmark.tasks(
         args.models,
@@ -83,11 +84,7 @@ def cost(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     results = Results(args.out or ROOT / "benchmarks" / "results" / "vit.csv")
-    try:
-        rows = run(tasks, results, Limits(args.time_budget, args.memory_budget, args.repeat), args.fresh)
-    except GateError as error:
-        print(f"gate failed: {error}", file=sys.stderr)
-        return 1
+    rows = run(tasks, results, Limits(args.time_budget, args.memory_budget, args.repeat), args.fresh)
     print(f"\n{rows[0]['machine']}, threads: {rows[0]['threads']}, torch {rows[0]['torch']}, {args.dtype}\n")
     print(vit_benchmark.table(rows))
     print(f"\nrows in {results.path}")
@@ -115,8 +112,9 @@ def difference(args: argparse.Namespace) -> int:
     return 0
 
 
+@ending(GateError, interrupted=GOES_ON)
 def main(argv: list[str] | None = None) -> int:
-    """Make a report; 1 if a result is wrong."""
+    """Make a report."""
     args = parse(argv)
     return cost(args) if args.report == "cost" else difference(args)
 

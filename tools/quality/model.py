@@ -12,7 +12,7 @@ from fma2d.backbone import FMA2DBackbone
 from fma2d.baselines import DenseAttention, NearFieldAttention, SpatialReductionAttention, WindowAttention
 from fma2d.geometry import num_levels
 from fma2d.modules import FMA2d
-from tools.training import InputError
+from tools.ending import InputError
 
 from .dense import DenseFMA2d
 from .tasks import Task

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness import text_table
-from tools.training import InputError
+from tools.ending import InputError
 
 from .model import FAR_FIELD, VARIANTS
 from .tasks import TASKS

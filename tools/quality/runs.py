@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import records
-from tools.training import InputError
+from tools.ending import InputError
 from tools.training.checkpoints import load_state, remove_unfinished, save_state
 from tools.training.engine import Processes, Training
 from tools.training.recipe import Recipe

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.records import ROOT, origin
 
-from ..training import InputError
+from ..ending import InputError
 from ..training.recipe import to_yaml
 from .engine import SHARES
 from .folder import RESULT

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..training import InputError
+from ..ending import InputError
 from .recipe import TextRecipe
 
 # The enwik8 protocol: the first 90 of 100 MB are for training, the next 5 for validation, the last 5 for the test.

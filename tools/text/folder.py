@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fma2d.text import save_model
 
-from ..training import InputError
+from ..ending import InputError
 from ..training.checkpoints import write_text, writing
 from ..training.engine import Training
 from ..training.folder import RunFolder

@@ -8,7 +8,7 @@ from torch import nn
 
 from fma2d.text import CausalLM, MaskedLM, SequenceClassifier
 
-from ..training import InputError
+from ..ending import InputError
 from ..training.recipe import CommonRecipe
 
 BYTES = 256

@@ -3,7 +3,3 @@
 Every random draw of a run is a function of the seed and of where it happens (see `seeding`), so no generator's state
 is ever stored, and a resumed run is the unbroken one.
 """
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message, one line, says what is wrong and what to do."""

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from fma2d.backbone import FMA2DBackbone
 from fma2d.checkpoint import UNFINISHED, check_state_dict, save_checkpoint, write_whole
 
-from . import InputError
+from ..ending import InputError
 
 STATE_FORMAT = 1
 
@@ -70,6 +70,18 @@ def _decoded(text: str):
         return text
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint of any kind that timm reads.
+
+    Raises:
+        InputError: if it is none, or holds more than tensors and plain values.
+    """
+    try:
+        return load_state_dict(str(path))
+    except Exception:  # whatever unpickling a foreign file raises; what it advises would run code that a file holds
+        raise InputError(f"{path} is not a checkpoint of tensors and plain values") from None
+
+
 def load_weights(
     model: nn.Module, path: Path, name: str, new_head: bool = False, say: Callable[[str], object] = print
 ) -> None:
@@ -87,10 +99,7 @@ def load_weights(
     architecture = metadata.get("architecture", name)
     if architecture != name:
         raise InputError(f"{path} holds {architecture}, not {name}")
-    try:
-        stored = load_state_dict(str(path))
-    except Exception:  # whatever unpickling a foreign file raises; what it advises would run code that a file holds
-        raise InputError(f"{path} is not a checkpoint of tensors and plain values") from None
+    stored = read_tensors(path)
     own, classifier = model.state_dict(), model.pretrained_cfg["classifier"]
     head, weight = {key for key in own if key.startswith(f"{classifier}.")}, f"{classifier}.weight"
     if new_head:

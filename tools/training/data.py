@@ -14,7 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from . import InputError
+from ..ending import InputError
 from .recipe import Recipe
 from .seeding import IMAGE, order_at, seed_at
 
@@ -37,19 +37,19 @@ def read_images(data_dir: Path, num_classes: int | None, validation: bool) -> Im
     train, classes = list_images(root)
     if num_classes not in (None, len(classes)):
         raise InputError(f"num_classes is {num_classes}, but {root} has {len(classes)} class folders")
-    val = list_images(find_split(data_dir, "val"), classes)[0] if validation else []
+    hint = "; eval_every: 0 trains without it"
+    val = list_images(find_split(data_dir, "val", hint), classes)[0] if validation else []
     return Images(train, val, classes)
 
 
-def find_split(data_dir: Path, split: str) -> Path:
-    """`data_dir/split`; "val" may be called "validation"."""
+def find_split(data_dir: Path, split: str, hint: str = "") -> Path:
+    """`data_dir/split`; "val" may be called "validation". The `hint` ends the message if there is none."""
     if not data_dir.is_dir():
         raise InputError(f"there is no folder {data_dir}; --data-dir must hold train/CLASS/IMAGE and val/CLASS/IMAGE")
     names = ("val", "validation") if split == "val" else (split,)
     for name in names:
         if (data_dir / name).is_dir():
             return data_dir / name
-    hint = "; eval_every: 0 trains without it" if split == "val" else ""
     raise InputError(f"{data_dir} has no folder {names[0]}{hint}")
 
 

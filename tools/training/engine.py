@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from . import InputError
+from ..ending import InputError
 from .data import read
 from .model import build_optimizer, build_scheduler
 from .recipe import CommonRecipe

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fma2d import __version__
 
-from . import InputError
+from ..ending import InputError
 from .checkpoints import load_state, remove_unfinished, save_state, save_weights, write_text
 from .data import Images
 from .engine import Training

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from . import InputError
+from ..ending import InputError
 from .checkpoints import write_text
 
 COLUMNS = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "val_loss", "top1", "top5")

@@ -1,5 +1,6 @@
 """Model, optimizer and schedule of a recipe."""
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,18 @@ from torch.optim import Optimizer
 import fma2d  # noqa: F401  registers its models
 from fma2d.baselines import DenseAttention, mit_attention
 
-from . import InputError
+from ..ending import InputError
 from .checkpoints import load_weights
 from .recipe import Recipe
 
 # What `attention` may be other than fma: an `attn_layer`.
 ATTENTION = dict(dense=lambda dim, num_heads, stage, block: DenseAttention(dim, num_heads), mit=mit_attention)
+
+
+def no_model(name: str) -> str:
+    """That timm has no such model, and which are meant perhaps."""
+    near = difflib.get_close_matches(name, timm.list_models(), cutoff=0.8)
+    return f"timm has no model {name}" + (f"; near it are {', '.join(near)}" if near else "")
 
 
 def build_model(
@@ -30,6 +37,8 @@ def build_model(
     Raises:
         InputError: for an unknown model, or arguments that it does not take.
     """
+    if not timm.is_model(name):
+        raise InputError(no_model(name))
     kwargs = dict(model_kwargs)
     if name.startswith("fma2d_"):
         kwargs.setdefault("img_size", img_size)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
-from . import InputError
+from ..ending import InputError
 from .engine import Processes, Training
 from .folder import RunFolder
 from .recipe import CommonRecipe, add_recipe_arguments

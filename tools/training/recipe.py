@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 
 import yaml
 
-from . import InputError
+from ..ending import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
