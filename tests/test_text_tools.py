@@ -366,6 +366,17 @@ def test_rows_are_trained_once(text_file, tmp_path, monkeypatch, capsys, which, 
     assert f"{result['bits']:.4f}" in {row["bits"] for row in rows} and rows[0]["bits_by_place"].count(":") == 5
     assert (tmp_path / "figures" / f"text_{which}.png").stat().st_size > 20_000
 
+    assert compare_text.main([*map(str, words), "--seed", "1"]) == 0
+    with (tmp_path / "results" / f"text_{which}_curves.csv").open(newline="") as file:
+        points = list(csv.DictReader(file))
+    with (tmp_path / "results" / f"text_{which}.csv").open(newline="") as file:
+        both = list(csv.DictReader(file))
+    assert both[:names] == rows and [row["seed"] for row in both] == ["0"] * names + ["1"] * names
+    assert {(point["name"], point["seed"]) for point in points} == {(row["name"], row["seed"]) for row in both}
+    assert compare_text.main([*map(str, words), "--updates", "9"]) == 0
+    with (tmp_path / "results" / f"text_{which}.csv").open(newline="") as file:
+        assert {(row["seed"], row["updates"]) for row in csv.DictReader(file)} == {("0", "9")}
+
 
 def test_runtime_rows_and_figure():
     """Each row's work gives finite logits and gradients; a row that was left out is not drawn."""

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import text_benchmark
 from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
-from benchmarks.records import ROOT, Results, total_mib, write_rows
+from benchmarks.records import ROOT, Results, total_mib
 from tools.ending import GOES_ON, InputError, ending
 from tools.text import comparison, figures
 from tools.text.recipe import TextRecipe
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--workers", type=int, default=1, help="trainings at a time (1; on an idle machine, one a processor)")
         add("--data", type=Path, metavar="FILE", help="train on this file's bytes instead of the recipe's text")
         add("--report", action="store_true", help="train nothing: write what is finished")
-        add("--seed", type=int, default=0, help="(0)")
+        add("--seed", type=int, default=0, help="rows of other seeds in the CSV stay, figures show the mean (0)")
         add("--output", type=Path, default=ROOT / "out" / "text_compare", metavar="DIR", help="for the runs")
     add = which.add_parser("runtime", parents=[common], help="time and memory by length").add_argument
     add("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096, 8192, 16384], help="(256 to 16384)")
@@ -80,6 +80,8 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     epochs = dict(epochs=VALIDATIONS[name], updates_per_epoch=args.updates // VALIDATIONS[name])
     base = dataclasses.replace(base, seed=args.seed, source="bytes" if args.data else base.source, **epochs)
     folder = args.output / f"{name}-{args.updates}-seed{args.seed}"
+    files = [args.results / f"text_{name}{part}.csv" for part in ("", "_curves")]
+    recorded = comparison.Recorded.read(*files)
     rows = (comparison.attention_rows if name == "table" else comparison.sweep_rows)(base, folder)
     failed = [] if args.report else comparison.train(rows, args.data, args.device, args.workers, args.threads)
     done = [row for row in rows if row.is_finished]
@@ -88,17 +90,14 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     costs = step_costs(args, folder, done)
     origin = (args.device, args.threads)
     found = [comparison.csv_row(row, *cost, *origin) for row, cost in zip(done, costs, strict=True)]
-    curves = [line for row in done for line in row.curve]
-    path = args.results / f"text_{name}.csv"
-    write_rows(path, comparison.COLUMNS, found)
-    write_rows(args.results / f"text_{name}_curves.csv", list(curves[0]), curves)
-    figure = figures.table_figure(found, curves) if name == "table" else figures.sweep_figure(found)
+    recorded = recorded.with_seed(found, [point for row in done for point in row.curve])
+    recorded.write(*files)
+    figure = figures.table_figure(recorded) if name == "table" else figures.sweep_figure(recorded)
     figures.save(figure, args.figures / f"text_{name}.png")
-    first = found[0]
-    print(f"\n{first['machine']}, {args.threads} thread(s), torch {first['torch']}; text {first['text'][:12]}")
-    print(
-        f"{args.updates} updates of {base.batch_size} x {base.context} bytes\n\n{score_table(found)}\n\nrows in {path}"
-    )
+    machine, torch, text = (found[0][key] for key in ("machine", "torch", "text"))
+    print(f"\n{machine}, {args.threads} thread(s), torch {torch}; text {text[:12]}")
+    print(f"{args.updates} updates of {base.batch_size} x {base.context} bytes\n")
+    print(f"{score_table(recorded.rows)}\n\nrows in {files[0]}")
     for row in failed:
         print(f"failed: {row}", file=sys.stderr)
     return 1 if failed else 0
@@ -134,9 +133,9 @@ def skeleton(recipe: TextRecipe) -> dict:
 
 def score_table(rows: list[dict]) -> str:
     """The rows for the eye."""
-    header = ["attention", "parameters", "bits", "second half", "processor ms", "step ms", "peak MiB", "bits by place"]
-    keys = ("name", "params", "bits", "bits_second_half", "processor_ms", "step_ms", "peak_mib", "bits_by_place")
-    return text_table(header, [[row[key] for key in keys] for row in rows])
+    columns = dict(name="attention", seed="seed", params="parameters", bits="bits", bits_second_half="second half")
+    columns |= dict(processor_ms="processor ms", step_ms="step ms", peak_mib="peak MiB", bits_by_place="bits by place")
+    return text_table([*columns.values()], [[row[key] for key in columns] for row in rows])
 
 
 def runtime(args: argparse.Namespace, base: TextRecipe) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.records import ROOT, origin
+from benchmarks.records import ROOT, origin, read_rows, write_rows
 
 from ..ending import InputError
 from ..training.recipe import to_yaml
@@ -25,11 +25,13 @@ TOLERANCE = 0.03  # parameters of the rows of a comparison agree within this sha
 ATTENTIONS = (("fma", 4), ("full", 0), ("local", 0), ("fma", 1), ("mean", 4))
 CELLS, RANKS = (4, 8, 16, 32), (1, 2, 4, 8)
 SUBJECT = ("name", "attention", "cell_size", "rank", "params")
+SAME = ("updates", "batch_size", "context", "dim", "depth", "lr", "text")  # of rows that other seeds are beside
 TRAINED = ("updates", "batch_size", "context", "dim", "depth", "mlp_ratio", "lr", "seed")
 SCORES = ("bits", "bits_second_half", "bits_by_place", "tokens")
 COST = ("processor_ms", "step_ms", "peak_mib")
 ORIGIN = ("machine", "threads", "torch", "fma2d", "text", "timestamp", "commit", "command")
 CURVE = ("updates", "train_loss", "bits", "bits_second_half")
+CURVE_COLUMNS = ("name", "seed", *CURVE)
 COLUMNS = SUBJECT + TRAINED + SCORES + COST + ORIGIN
 
 
@@ -58,7 +60,8 @@ class Row:
     @property
     def curve(self) -> list[dict]:
         """The validations."""
-        return [dict(name=self.name) | {key: line[key] for key in CURVE} for line in self.log]
+        subject = dict(name=self.name, seed=str(self.recipe.seed))
+        return [subject | {key: line[key] for key in CURVE} for line in self.log]
 
 
 def attention_rows(base: TextRecipe, folder: Path, attentions=ATTENTIONS) -> list[Row]:
@@ -149,6 +152,34 @@ def places(context: int) -> list[str]:
     """The names of the parts of a window, `0-63` and so on."""
     ends = [0, *(round(share * context) for share in SHARES)]
     return [f"{start}-{stop - 1}" for start, stop in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Rows and learning curves of CSV files, of any seeds."""
+
+    rows: list[dict]
+    points: list[dict]
+
+    @classmethod
+    def read(cls, path: Path, curves: Path) -> "Recorded":
+        """What the files hold; raises InputError if they have other columns."""
+        try:
+            return cls(read_rows(path, COLUMNS), read_rows(curves, CURVE_COLUMNS))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def with_seed(self, rows: list[dict], points: list[dict]) -> "Recorded":
+        """These of one seed, after what is recorded of the same trainings with other seeds."""
+        new = rows[0]
+        kept = [row for row in self.rows if row["seed"] != new["seed"] and all(row[key] == new[key] for key in SAME)]
+        seeds = {row["seed"] for row in kept}
+        return Recorded(kept + rows, [point for point in self.points if point["seed"] in seeds] + points)
+
+    def write(self, path: Path, curves: Path) -> None:
+        """Both files, anew."""
+        write_rows(path, COLUMNS, self.rows)
+        write_rows(curves, CURVE_COLUMNS, self.points)
 
 
 def csv_row(row: Row, step_ms: str, peak_mib: str, device: str, threads: int) -> dict:

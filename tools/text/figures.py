@@ -1,7 +1,8 @@
 """Figures of the text comparisons, from their CSV files and from nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,6 +11,8 @@ from benchmarks.figures import MARKERS, log_axes
 from benchmarks.records import total_mib
 from benchmarks.text_benchmark import label
 
+from .comparison import Recorded
+
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, in a new folder if need be."""
@@ -17,19 +20,21 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def table_figure(rows: Sequence[dict], curves: Sequence[dict]) -> Figure:
-    """Bits per character during the training, and on the test text by the place in the context; a line for each row."""
+def table_figure(recorded: Recorded) -> Figure:
+    """Bits per character during the training, and on the test text by the place in the context; a line for each name,
+    the mean over its seeds."""
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, row in enumerate(rows):
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f"C{i}", label=row["name"], markersize=5)
-        own = [curve for curve in curves if curve["name"] == row["name"] and curve["bits"]]
-        left.plot([int(curve["updates"]) for curve in own], [float(curve["bits"]) for curve in own], **style)
-        names, bits = zip(*(part.split(":") for part in row["bits_by_place"].split()), strict=True)
-        right.plot(range(len(names)), [float(value) for value in bits], **style)
+    rows, curves = recorded.rows, recorded.points
+    for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        style = dict(marker=MARKERS[i % len(MARKERS)], color=f"C{i}", label=name, markersize=5)
+        left.plot(*_means((int(curve["updates"]), curve["bits"]) for curve in curves if curve["name"] == name), **style)
+        parts = (part.split(":") for row in rows if row["name"] == name for part in row["bits_by_place"].split())
+        places, bits = _means(parts)
+        right.plot(range(len(places)), bits, **style)
     left.set(xlabel="updates", ylabel="bits per character", title="validation")
     right.set(xlabel="place in the context", ylabel="bits per character", title="test, after the training")
-    right.set_xticks(range(len(names)), names)
+    right.set_xticks(range(len(places)), places)
     # The first validations are far above all others.
     values = sorted(float(curve["bits"]) for curve in curves if curve["bits"])
     left.set_ylim(values[0] - 0.1, values[int(0.9 * (len(values) - 1))] + 0.1)
@@ -40,10 +45,11 @@ def table_figure(rows: Sequence[dict], curves: Sequence[dict]) -> Figure:
     return _with_footer(figure, rows[0])
 
 
-def sweep_figure(rows: Sequence[dict]) -> Figure:
+def sweep_figure(recorded: Recorded) -> Figure:
     """Heat maps over cell size and rank, the brighter the better: bits per character of all and of the second half,
-    memory, time."""
+    memory, time; means over seeds."""
     figure = Figure(figsize=(10, 7.6), layout="constrained")
+    rows = recorded.rows
     cells, ranks = (sorted({int(row[key]) for row in rows}) for key in ("cell_size", "rank"))
     panels = (
         ("bits", "bits per character", "{:.3f}"),
@@ -53,9 +59,9 @@ def sweep_figure(rows: Sequence[dict]) -> Figure:
     )
     for axes, (key, title, form) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         values = np.full((len(cells), len(ranks)), np.nan)
-        for row in rows:
-            if row[key]:
-                values[cells.index(int(row["cell_size"])), ranks.index(int(row["rank"]))] = float(row[key])
+        of_cells = _means(((row["cell_size"], row["rank"]), row[key]) for row in rows)
+        for (cell, rank), value in zip(*of_cells, strict=True):
+            values[cells.index(int(cell)), ranks.index(int(rank))] = value
         image = axes.imshow(values, cmap="viridis_r", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             dark = np.isfinite(value) and image.norm(value) > 0.5
@@ -91,6 +97,15 @@ def runtime_figure(rows: Sequence[dict]) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return _with_footer(figure, rows[0])
+
+
+def _means(pairs: Iterable[tuple]) -> tuple[list, list[float]]:
+    """The keys of (key, value) pairs, and the mean of each one's values; what has no value is left out."""
+    groups = {}
+    for key, value in pairs:
+        if value:
+            groups.setdefault(key, []).append(float(value))
+    return list(groups), [mean(group) for group in groups.values()]
 
 
 def _with_footer(figure: Figure, row: dict) -> Figure:
