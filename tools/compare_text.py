@@ -105,10 +105,10 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
 
 def step_costs(args: argparse.Namespace, folder: Path, rows: list[comparison.Row]) -> list[tuple[str, str]]:
     """Median ms and peak MiB of a training step of each row, measured in a process of its own."""
-    results, costs = Results(folder / "steps.csv"), []
-    for row in rows:
-        recipe = row.recipe
-        tasks = text_benchmark.tasks(
+    tasks = [
+        task
+        for recipe in (row.recipe for row in rows)
+        for task in text_benchmark.tasks(
             [(recipe.attention, recipe.rank)],
             [recipe.context],
             ["forward+backward"],
@@ -118,10 +118,9 @@ def step_costs(args: argparse.Namespace, folder: Path, rows: list[comparison.Row
             device=args.device,
             threads=args.threads,
         )
-        [found] = run(tasks, results, Limits(repeat_seconds=1.0))
-        memory = f"{total_mib(found):.0f}" if found["peak_mib"] else ""
-        costs.append((found["median_ms"], memory))
-    return costs
+    ]
+    found = run(tasks, Results(folder / "steps.csv"), Limits(repeat_seconds=1.0))
+    return [(row["median_ms"], f"{total_mib(row):.0f}" if row["peak_mib"] else "") for row in found]
 
 
 def skeleton(recipe: TextRecipe) -> dict:
