@@ -11,6 +11,7 @@ import torch
 
 import fma2d
 from benchmarks.records import read_rows
+from fma2d.checkpoint import SETTINGS
 from tools import compare_digits, make_digits, validate
 from tools.training.checkpoints import read_metadata, sha256
 
@@ -53,6 +54,7 @@ def test_accuracy_is_the_one_in_the_metadata(tmp_path, capsys):
 
 def test_file_is_the_published_one_and_in_the_wheel():
     assert sha256(WEIGHTS) in (ROOT / "docs" / "training.md").read_text()
+    assert read_metadata(WEIGHTS).keys() >= {"format_version", "architecture", *SETTINGS}
     listed = re.search(
         r"^\[tool\.setuptools\.package-data\]\nfma2d = (.*)$", (ROOT / "pyproject.toml").read_text(), re.M
     )

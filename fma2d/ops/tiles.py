@@ -63,7 +63,7 @@ _QUERIES = (
 _PARENTS = (Rule(64, _ALL, Tile(16, 4, 2)), Rule(128, _ALL, Tile(16, 4, 1)))
 _LATTICES = (Rule(128, _ALL, Tile(32, 4, 2)),)
 _AGGREGATION = (Rule(128, _ALL, Tile(4096, 4, 2)),)
-# For each kernel its rules; the first that fits counts. None of the choices spills registers.
+# For each kernel its rules; the first that fits counts. In the main configurations none spills registers.
 TABLE: dict[str, tuple[Rule, ...]] = {
     "near_forward": _QUERIES,
     "near_dq": _QUERIES,
