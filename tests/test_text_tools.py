@@ -325,17 +325,20 @@ def test_run_is_not_lost(text_file, tmp_path, error):
 def test_parameters_of_a_comparison_are_equal(tmp_path):
     """The baselines get wider MLPs for the kernels that they lack; without that the rule is broken, and says so."""
     base = make(dim=64, num_heads=2, depth=2, context=512, cell_size=8)
-    rows = comparison.attention_rows(base, tmp_path)
+    rows = comparison.table_rows(base, tmp_path)
     counts = [comparison.count_parameters(row.recipe) for row in rows]
     assert max(counts) <= 1.03 * min(counts) and rows[0].recipe.mlp_ratio < rows[1].recipe.mlp_ratio
     assert counts == [sum(p.numel() for p in text_model(row.recipe).parameters()) for row in rows]
     with pytest.raises(InputError, match="a comparison allows 3% in between"):
         comparison.check_parameters([replace(row.recipe, mlp_ratio=4.0) for row in rows])
+    wide = comparison.width_rows(base, tmp_path)
+    assert [row.name for row in wide] == [row.name for row in rows] and wide[1].recipe == rows[1].recipe
+    assert {row.recipe.mlp_ratio for row in wide} == {max(row.recipe.mlp_ratio for row in rows)}
     names = [row.name for row in comparison.sweep_rows(base, tmp_path)]
     assert len(names) == 15 and "cell 4, rank 8" not in names and names[-1] == "cell 32, rank 8"
 
 
-@pytest.mark.parametrize(("which", "names"), [("table", 5), ("sweep", 3)])
+@pytest.mark.parametrize(("which", "names"), [("table", 5), ("width", 5), ("sweep", 3)])
 def test_rows_are_trained_once(text_file, tmp_path, monkeypatch, capsys, which, names):
     """A second call trains nothing, and writes the same table and figure again."""
     recipe = tmp_path / "compare.yaml"
@@ -351,7 +354,7 @@ def test_rows_are_trained_once(text_file, tmp_path, monkeypatch, capsys, which, 
     sweep_rows = comparison.sweep_rows
     monkeypatch.setattr(comparison, "sweep_rows", lambda base, folder: sweep_rows(base, folder, (2, 4), (2, 4)))
     monkeypatch.setattr(comparison, "_train", in_this_process)
-    monkeypatch.setattr(compare_text, "VALIDATIONS", dict(table=3, sweep=3))
+    monkeypatch.setattr(compare_text, "VALIDATIONS", dict(table=3, width=3, sweep=3))
     monkeypatch.setattr(compare_text, "step_costs", lambda args, folder, rows: [("1.5", "20")] * len(rows))
     words = [which, "--recipe", tmp_path / "base.yaml", "--data", text_file, "--updates", 6]
     words += ["--output", tmp_path / "out", "--results", tmp_path / "results", "--figures", tmp_path / "figures"]

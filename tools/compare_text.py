@@ -1,11 +1,13 @@
 """Compares attention in text models on this machine: what it learns, what it costs.
 
     python tools/compare_text.py table      # fma (rank 1 and 4), mean, local, full: the same skeleton, equal parameters
+    python tools/compare_text.py width      # the same rows with equally wide MLPs instead of equal parameters
     python tools/compare_text.py sweep      # fma: cell size 4, 8, 16, 32 by rank 1, 2, 4, 8
     python tools/compare_text.py runtime    # time and memory for 256 to 16384 tokens; no training
 
-Each row of table and sweep is a training of tools/train_text.py, by default on the embedded text: the text found inside
-the Python installation. The same command goes on where it was stopped. CSV files and figures go to benchmarks/results.
+Each row but those of runtime is a training of tools/train_text.py, by default on the embedded text: the text found
+inside the Python installation. The same command goes on where it was stopped. CSV files go to benchmarks/results,
+figures to docs/figures.
 """
 
 import argparse
@@ -25,8 +27,8 @@ from tools.training.recipe import make_recipe, read_values
 
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-UPDATES = dict(table=1800, sweep=720)
-VALIDATIONS = dict(table=15, sweep=6)
+UPDATES = dict(table=1800, width=1800, sweep=720)
+VALIDATIONS = dict(table=15, width=15, sweep=6)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--threads", type=int, default=1, help="of a process (1; two beside other busy programs are slower than one)")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_subparsers(dest="comparison", metavar="table|sweep|runtime", required=True)
+    which = parser.add_subparsers(dest="comparison", metavar="table|width|sweep|runtime", required=True)
     for name, updates in UPDATES.items():
         add = which.add_parser(name, parents=[common], help=f"train the rows of the {name}").add_argument
         add(
@@ -75,14 +77,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def trained(args: argparse.Namespace, base: TextRecipe) -> int:
-    """The table, or the sweep: train what is missing, write and print."""
+    """Table, width or sweep: train what is missing, write and print."""
     name = args.comparison
     epochs = dict(epochs=VALIDATIONS[name], updates_per_epoch=args.updates // VALIDATIONS[name])
     base = dataclasses.replace(base, seed=args.seed, source="bytes" if args.data else base.source, **epochs)
     folder = args.output / f"{name}-{args.updates}-seed{args.seed}"
     files = [args.results / f"text_{name}{part}.csv" for part in ("", "_curves")]
     recorded = comparison.Recorded.read(*files)
-    rows = (comparison.attention_rows if name == "table" else comparison.sweep_rows)(base, folder)
+    rows = getattr(comparison, f"{name}_rows")(base, folder)
     failed = [] if args.report else comparison.train(rows, args.data, args.device, args.workers, args.threads)
     done = [row for row in rows if row.is_finished]
     if not done:
@@ -92,7 +94,7 @@ def trained(args: argparse.Namespace, base: TextRecipe) -> int:
     found = [comparison.csv_row(row, *cost, *origin) for row, cost in zip(done, costs, strict=True)]
     recorded = recorded.with_seed(found, [point for row in done for point in row.curve])
     recorded.write(*files)
-    figure = figures.table_figure(recorded) if name == "table" else figures.sweep_figure(recorded)
+    figure = figures.sweep_figure(recorded) if name == "sweep" else figures.table_figure(recorded)
     figures.save(figure, args.figures / f"text_{name}.png")
     machine, torch, text = (found[0][key] for key in ("machine", "torch", "text"))
     print(f"\n{machine}, {args.threads} thread(s), torch {torch}; text {text[:12]}")

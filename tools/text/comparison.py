@@ -64,21 +64,28 @@ class Row:
         return [subject | {key: line[key] for key in CURVE} for line in self.log]
 
 
-def attention_rows(base: TextRecipe, folder: Path, attentions=ATTENTIONS) -> list[Row]:
+def table_rows(base: TextRecipe, folder: Path) -> list[Row]:
     """A row for each attention and rank, the MLPs of the others widened to the parameters of the largest.
 
     Raises:
         InputError: if that leaves more than `TOLERANCE` between any two.
     """
-    recipes = [dataclasses.replace(base, attention=name, rank=rank or base.rank) for name, rank in attentions]
+    recipes = [dataclasses.replace(base, attention=name, rank=rank or base.rank) for name, rank in ATTENTIONS]
     most = max(count_parameters(recipe) for recipe in recipes)
     matched = [with_parameters(recipe, most) for recipe in recipes]
     check_parameters(matched)
     rows = []
-    for (attention, rank), recipe in zip(attentions, matched, strict=True):
+    for (attention, rank), recipe in zip(ATTENTIONS, matched, strict=True):
         name = f"{attention}, rank {rank}" if rank else attention
         rows.append(Row(name, recipe, folder / name.replace(", rank ", "-rank")))
     return rows
+
+
+def width_rows(base: TextRecipe, folder: Path) -> list[Row]:
+    """The rows of the table with MLPs as wide as its widest, so with parameters that differ by those of the kernels."""
+    rows = table_rows(base, folder)
+    widest = max(row.recipe.mlp_ratio for row in rows)
+    return [dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, mlp_ratio=widest)) for row in rows]
 
 
 def sweep_rows(base: TextRecipe, folder: Path, cells=CELLS, ranks=RANKS) -> list[Row]:
