@@ -32,8 +32,10 @@ def table_figure(recorded: Recorded) -> Figure:
         parts = (part.split(":") for row in rows if row["name"] == name for part in row["bits_by_place"].split())
         places, bits = _means(parts)
         right.plot(range(len(places)), bits, **style)
-    left.set(xlabel="updates", ylabel="bits per character", title="validation")
-    right.set(xlabel="place in the context", ylabel="bits per character", title="test, after the training")
+    seeds = len({row["seed"] for row in rows})
+    meant = f", mean of {seeds} seeds" if seeds > 1 else ""
+    left.set(xlabel="updates", ylabel="bits per character", title=f"validation{meant}")
+    right.set(xlabel="place in the context", ylabel="bits per character", title=f"test, after the training{meant}")
     right.set_xticks(range(len(places)), places)
     # The first validations are far above all others.
     values = sorted(float(curve["bits"]) for curve in curves if curve["bits"])
