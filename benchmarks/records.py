@@ -24,6 +24,10 @@ ORIGIN = ("timestamp", "python", "triton", "timm", "fma2d", "commit", "command")
 COLUMNS = KEY + RESULT + ORIGIN
 
 
+class RecordsError(ValueError):
+    """A results file that cannot be read."""
+
+
 class Results:
     """A CSV file of rows, only ever appended to; of two rows with one key the later counts."""
 
@@ -51,7 +55,7 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> Non
     """Keep these columns of rows in a CSV file, on disk at once; its header is written with the first ones.
 
     Raises:
-        ValueError: for a file with other columns.
+        RecordsError: for a file with other columns.
     """
     known = read_rows(path, columns)
     _write(path, columns, rows, "a" if known else "w")
@@ -74,15 +78,18 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, st
     """The rows of a CSV file; none without a file.
 
     Raises:
-        ValueError: for a file with other columns.
+        RecordsError: for a file with other columns, or a folder.
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise ValueError(f"{path} has other columns than this version writes; remove it or name another file")
-        return list(reader)
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != tuple(columns):
+                raise RecordsError(f"{path} has other columns than this version writes; remove it or name another file")
+            return list(reader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordsError(f"{path} cannot be read as a results file: {error}") from None
 
 
 def latest(rows: list[dict], key: Sequence[str] = KEY) -> list[dict]:

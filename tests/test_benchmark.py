@@ -142,7 +142,7 @@ def test_file_with_other_columns_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     with path.open("w") as file:
         csv.writer(file).writerow(["a", "b"])
-    with pytest.raises(ValueError, match=r"rows\.csv has other columns"):
+    with pytest.raises(records.RecordsError, match=r"rows\.csv has other columns"):
         Results(path)
 
 

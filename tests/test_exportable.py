@@ -109,7 +109,7 @@ def test_onnx_with_open_sizes(standard, tmp_path):
 @pytest.mark.slow
 def test_the_tool_exports_and_checks_a_model(tmp_path, capsys):
     arguments = ["fma2d_nano", "--max-size", "192", "--num-classes", "5", "--out", str(tmp_path)]
-    assert export.main([*arguments, "--model-kwargs", "cell_size=4", "depths=(1,1,1,1)"]) == 0
+    assert export.main([*arguments, "--model-kwargs", "{cell_size: 4, depths: [1, 1, 1, 1]}"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "levels" in line]
     assert len(lines) == 6 and "[3, 2, 1, 0]" in lines[0] and "95 x 64" in lines[2] and "[1, 0, 0, 0]" in lines[4]
     assert {path.name for path in tmp_path.iterdir()} >= {"fma2d_nano_192.pt2", "fma2d_nano_192.onnx"}
@@ -119,7 +119,8 @@ def test_the_tool_says_what_is_wrong(tmp_path, capsys):
     for arguments, words in [
         (["fma2d_nano", "--max-size", "32"], "--max-size must be above 64"),
         (["fma2d_tini"], "timm has no model fma2d_tini; near it are fma2d_tiny"),
-        (["fma2d_nano", "--model-kwargs", "window=7"], "window"),
+        (["fma2d_nano", "--model-kwargs", "{window: 7}"], "window"),
+        (["fma2d_nano", "--model-kwargs", "window=7"], "must be a mapping, e.g. '{cell_size: 2}', got 'window=7'"),
     ]:
         with pytest.raises(SystemExit):
             export.main([*arguments, "--out", str(tmp_path)])

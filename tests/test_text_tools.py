@@ -377,6 +377,7 @@ def test_rows_are_trained_once(text_file, tmp_path, monkeypatch, capsys, which, 
     assert both[:names] == rows and [row["seed"] for row in both] == ["0"] * names + ["1"] * names
     assert {(point["name"], point["seed"]) for point in points} == {(row["name"], row["seed"]) for row in both}
     assert compare_text.main([*map(str, words), "--updates", "9"]) == 0
+    assert f"{names} recorded rows of other trainings (another updates, " in capsys.readouterr().out
     with (tmp_path / "results" / f"text_{which}.csv").open(newline="") as file:
         assert {(row["seed"], row["updates"]) for row in csv.DictReader(file)} == {("0", "9")}
 

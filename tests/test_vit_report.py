@@ -37,6 +37,23 @@ def test_differences_grow_with_the_spread_of_scores_and_vanish_without_levels(tm
     assert "prefix" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["cost", "--models", "vit_smal_patch16_224"],
+            "timm has no model vit_smal_patch16_224; near it are vit_",
+        ),
+        (["difference", "--models", "resnet18"], "resnet18 is no VisionTransformer of timm"),
+        (["cost", "--sizes", "0"], "must be a number of at least 1, got '0'"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(capsys, words, message):
+    with pytest.raises(SystemExit):
+        vit_report.main(words)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_trained_model_is_compared_too(tmp_path):
     out = tmp_path / "trained.csv"

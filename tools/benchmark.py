@@ -17,6 +17,7 @@ from benchmarks import model_benchmark, operator_benchmark, segmentation_benchma
 from benchmarks.harness import GateError, Limits, Task, idle_cpus, run
 from benchmarks.operator_benchmark import VARIANTS
 from benchmarks.records import ROOT, Results
+from tools.arguments import positive
 from tools.ending import GOES_ON, ending
 
 
@@ -26,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = common.add_argument
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of everything (float32)")
-    add("--threads", type=int, help="on the CPU (torch's choice)")
+    add("--threads", type=positive, help="on the CPU (torch's choice)")
     add("--time-budget", type=float, default=200, help="seconds for one call; what takes longer is skipped (200)")
     add("--memory-budget", type=float, help="GiB for a row on the CPU (nine tenths of what is free)")
     add("--repeat", type=float, default=3, help="seconds to repeat a call; a longer one is made once (3)")
@@ -36,27 +37,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     attention = argparse.ArgumentParser(add_help=False)
     add = attention.add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=["linear"], help="of FMA2D (linear)")
-    add("--cell-size", type=int, default=8, help="of FMA2D: tokens per side of a base cell (8)")
-    add("--rank", type=int, default=4, help="of FMA2D: summary tokens per coarse cell (4)")
-    add("--batch", type=int, default=1, help="batch size (1)")
+    add("--cell-size", type=positive, default=8, help="of FMA2D: tokens per side of a base cell (8)")
+    add("--rank", type=positive, default=4, help="of FMA2D: summary tokens per coarse cell (4)")
+    add("--batch", type=positive, default=1, help="batch size (1)")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     parents = [attention, common]
     add = which.add_parser("operator", help="attention alone, against dense attention", parents=parents).add_argument
-    add("--grids", nargs="+", type=int, default=[64, 128, 256], help="tokens a side (64 128 256)")
+    add("--grids", nargs="+", type=positive, default=[64, 128, 256], help="tokens a side (64 128 256)")
     add("--modes", nargs="+", choices=operator_benchmark.MODES, default=operator_benchmark.MODES, help="(both)")
-    add("--heads", type=int, default=2, help="(2)")
-    add("--head-dim", type=int, default=64, help="channels of a head (64)")
+    add("--heads", type=positive, default=2, help="(2)")
+    add("--head-dim", type=positive, default=64, help="channels of a head (64)")
     add = which.add_parser("model", help="whole models, against Swin, ViT and MiT", parents=parents).add_argument
-    add("--sizes", nargs="+", type=int, default=[224, 512, 1024], help="pixels a side (224 512 1024)")
+    add("--sizes", nargs="+", type=positive, default=[224, 512, 1024], help="pixels a side (224 512 1024)")
     add("--modes", nargs="+", choices=model_benchmark.MODES, default=["inference"], help="(inference)")
     names = " ".join(model_benchmark.DEFAULT)
     add("--models", nargs="+", default=model_benchmark.DEFAULT, help=f"timm names, mit_b0, mit_b2, mit_b3 ({names})")
     about = "image to classes, against mmsegmentation's MiT"
     add = which.add_parser("segmentation", help=about, parents=[common]).add_argument
     modes, names = segmentation_benchmark.MODES, ", ".join(segmentation_benchmark.MODELS)
-    add("--sizes", nargs="+", type=int, default=[512, 1024, 2048], help="pixels a side (512 1024 2048)")
+    add("--sizes", nargs="+", type=positive, default=[512, 1024, 2048], help="pixels a side (512 1024 2048)")
     add("--modes", nargs="+", choices=modes, default=modes, help="(both)")
     add("--models", nargs="+", default=["fma2d_tiny", "mit_b2"], help=f"of {names} (fma2d_tiny mit_b2)")
     args = parser.parse_args(argv)
@@ -84,7 +85,7 @@ def plan(args: argparse.Namespace) -> tuple[ModuleType, list[Task]]:
 
 @ending(GateError, interrupted=GOES_ON)
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark."""
+    """Run the benchmark; 1 if a row fails."""
     args = parse(argv)
     idle_cpus()  # warns
     results = Results(args.out or ROOT / "benchmarks" / "results" / f"{args.benchmark}.csv")
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{rows[0]['machine']}, threads: {rows[0]['threads']}, torch {rows[0]['torch']}, {args.dtype}\n")
     print(benchmark.table(rows))
     print(f"\nrows in {results.path}")
-    return 0
+    return int(any(row["status"].startswith("failed") for row in rows))
 
 
 if __name__ == "__main__":

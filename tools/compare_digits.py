@@ -40,10 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, default=ROOT / "out" / "digits", help="folder for the runs' folders (out/digits)")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "digits.csv", help="file to append to")
     args = parser.parse_args(argv)
-    try:
-        rows = read_rows(args.results, COLUMNS)
-    except ValueError as error:
-        parser.error(str(error))
+    rows = read_rows(args.results, COLUMNS)
     done = {(row["recipe"], int(row["seed"])) for row in rows}
     for seed in args.seeds:
         for name in args.recipes:

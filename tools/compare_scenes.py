@@ -41,10 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, default=ROOT / "work_dirs", help="folder for the runs' folders (work_dirs)")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "scenes.csv", help="file to append to")
     args = parser.parse_args(argv)
-    try:
-        rows = read_rows(args.results, COLUMNS)
-    except ValueError as error:
-        parser.error(str(error))
+    rows = read_rows(args.results, COLUMNS)
     done = {row["config"] for row in rows}
     for config in args.configs:
         if config.stem in done:

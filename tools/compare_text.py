@@ -65,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         validations = VALIDATIONS[args.comparison]
         if args.updates < validations or args.updates % validations or args.workers < 1:
             parser.error(f"--updates must be a multiple of {validations}, --workers at least 1")
+        if args.data and not args.data.is_file():
+            parser.error(f"there is no file {args.data}")
     return args
 
 

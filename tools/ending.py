@@ -3,6 +3,11 @@
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.records import RecordsError
 
 GOES_ON = "interrupted; the same command goes on where it stopped"
 
@@ -15,7 +20,8 @@ def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callab
     """Decorate a tool's `main`: its status is what it returns, 1 for an error that the user can act on, 130 for Ctrl-C.
 
     Args:
-        errors: whose message is all that is said, beside those of `InputError`; others are bugs, with a traceback.
+        errors: whose message is all that is said, as that of `InputError` and `RecordsError`; others are bugs, with
+            a traceback.
         interrupted: said for Ctrl-C; what is kept, and how to go on.
     """
 
@@ -24,7 +30,7 @@ def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callab
         def tool(argv: list[str] | None = None) -> int:
             try:
                 return main(argv) or 0
-            except (InputError, *errors) as error:
+            except (InputError, RecordsError, *errors) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             except KeyboardInterrupt:

@@ -8,19 +8,20 @@ numbers of levels, one of them odd, against the model as it runs in PyTorch. ONN
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import timm
 import torch
-from timm.utils import ParseKwargs
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
 import fma2d
+from tools.arguments import mapping, positive
 from tools.ending import ending
-from tools.training.checkpoints import load_weights
+from tools.training.checkpoints import load_weights, read_metadata
 from tools.training.model import no_model
 
 MIN_SIZE = 64
@@ -31,24 +32,29 @@ TOLERANCE = 1e-4  # of the largest output, in float32
 def main(argv: list[str] | None = None) -> int:
     """Export and check; 1 if a result differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("model", help="a registered name, such as fma2d_tiny")
-    parser.add_argument(
-        "--max-size", type=int, default=512, help="the largest height and width, pixels; fixes the levels"
-    )
-    parser.add_argument("--checkpoint", type=Path, help="weights (safetensors or PyTorch); without, they are random")
-    parser.add_argument("--num-classes", type=int, help="classes of the head; 0 for pooled features")
-    parser.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="more options, as cell_size=4"
-    )
-    parser.add_argument("--formats", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="what to write")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time; fixed, unlike their height and width")
-    parser.add_argument("--out", type=Path, default=Path("out/export"), help="folder of the files")
+    add = parser.add_argument
+    add("model", help="a registered name, such as fma2d_tiny")
+    add("--max-size", type=int, default=512, help="the largest height and width, pixels; fixes the levels")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, help="weights (safetensors or PyTorch)")
+    weights.add_argument("--pretrained", action="store_true", help="weights that the name stands for; else random ones")
+    add("--num-classes", type=int, help="classes of the head, 0 for pooled features (the checkpoint's or the model's)")
+    add("--model-kwargs", type=mapping, default={}, metavar="X", help="more options as YAML, e.g. '{cell_size: 4}'")
+    add("--formats", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="what to write")
+    add("--batch", type=positive, default=1, help="images at a time; fixed, unlike their height and width")
+    add("--out", type=Path, default=Path("out/export"), help="folder of the files")
     args = parser.parse_args(argv)
     if args.max_size <= MIN_SIZE:
         parser.error(f"--max-size must be above {MIN_SIZE}, got {args.max_size}")
     if not timm.is_model(args.model):
         parser.error(no_model(args.model))
-    options = dict(args.model_kwargs, num_classes=args.num_classes, img_size=args.max_size)
+    needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in args.formats else ()
+    if missing := [name for name in needed if not find_spec(name)]:
+        parser.error(f"ONNX needs {', '.join(missing)}: pip install 'fma2d[export]', or --formats pt2")
+    metadata = read_metadata(args.checkpoint) if args.checkpoint and args.checkpoint.is_file() else {}
+    options = made_with(metadata) | args.model_kwargs | dict(img_size=args.max_size, pretrained=args.pretrained)
+    if args.num_classes is not None:
+        options["num_classes"] = args.num_classes
     try:
         eager = timm.create_model(args.model, **options).eval()
         model = timm.create_model(args.model, exportable=True, **options).eval()
@@ -58,24 +64,34 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(eager, args.checkpoint, args.model)
     model.load_state_dict(eager.state_dict())
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.model}_{args.max_size}"
+    files = {kind: args.out / f"{args.model}_{args.max_size}.{kind}" for kind in args.formats}
 
     program = timed("torch.export", export, model, args.max_size, args.batch)
     runners = {}
-    if "pt2" in args.formats:
-        torch.export.save(program, path.with_suffix(".pt2"))
-        runners["torch.export"] = torch.export.load(path.with_suffix(".pt2")).module()
-    if "onnx" in args.formats:
-        timed("ONNX", write_onnx, program, path.with_suffix(".onnx"))
-        runners["onnxruntime"] = onnx_runner(path.with_suffix(".onnx"))
+    if "pt2" in files:
+        torch.export.save(program, files["pt2"])
+        runners["torch.export"] = torch.export.load(files["pt2"]).module()
+    if "onnx" in files:
+        timed("ONNX", write_onnx, program, files["onnx"])
+        runners["onnxruntime"] = onnx_runner(files["onnx"])
     print("\nlargest difference from the model in PyTorch, over the largest output\n")
     worst = 0.0
     for name, height, width, levels, difference in compare(eager, runners, args.batch, check_sizes(args.max_size)):
         print(f"{name:14}{height:5} x {width:<5}levels {levels}   {difference:.1e}", flush=True)
         worst = max(worst, difference)
-    files = ", ".join(str(path.with_suffix(f".{kind}")) for kind in args.formats)
-    print(f"\n{files}: {'fine' if worst <= TOLERANCE else 'WRONG'} (at most {TOLERANCE:.0e} is rounding)")
+    written = ", ".join(map(str, files.values()))
+    print(f"\n{written}: {'fine' if worst <= TOLERANCE else 'WRONG'} (at most {TOLERANCE:.0e} is rounding)")
     return int(worst > TOLERANCE)
+
+
+def made_with(metadata: dict) -> dict:
+    """Arguments of the model that a checkpoint of tools/train_classifier.py is of."""
+    made = metadata.get("model_kwargs", {})
+    if "classes" in metadata:
+        made = made | dict(num_classes=len(metadata["classes"]))
+    if "data_config" in metadata:
+        made = made | dict(in_chans=metadata["data_config"]["input_size"][0])
+    return made
 
 
 def export(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_SIZE) -> ExportedProgram:

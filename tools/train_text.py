@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             folder.record(training, row)
     # Whether it is there must be one answer for all processes: they share the work.
     if not any(processes.sum([processes.is_first and (folder.path / RESULT).exists()])):
+        say("scoring the test split", flush=True)
         result = evaluate(training, recipe, test)
         result |= dict(params=count, updates=training.epoch * updates, text=corpus.sha256)
         if processes.is_first:

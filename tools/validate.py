@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import timm
 import torch
-import yaml
 from timm.data import resolve_data_config
 from torch import nn
 
+from tools.arguments import mapping
 from tools.ending import InputError, ending
 from tools.training.checkpoints import load_weights, read_metadata, read_tensors, save_weights, sha256
 from tools.training.data import WORKERS, EvalBatches, ImageFolder, eval_transform, find_split, list_images, make_loader
@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, required=True, metavar="ROOT", help="the images")
     add("--split", default="val", help="folder below ROOT (val)")
     add("--model", metavar="NAME", help="timm name, for a checkpoint that does not say its own")
-    add("--model-kwargs", default="{}", metavar="X", help="its arguments as YAML, e.g. '{cell_size: 2}' ({})")
+    add("--model-kwargs", type=mapping, default={}, metavar="X", help="its arguments as YAML, e.g. '{cell_size: 2}'")
     add("--img-size", type=int, metavar="N", help="pixels a side (what the weights were made for)")
     add("--crop-pct", type=float, metavar="X", help="share of the image that is seen (the same)")
     add("--batch-size", type=int, default=64, metavar="N", help="(64)")
@@ -100,9 +100,6 @@ def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn
             return timm.create_model(args.weights, pretrained=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{args.weights} is neither a file nor a pretrained model: {error}") from None
-    kwargs = yaml.safe_load(args.model_kwargs)
-    if not isinstance(kwargs, dict):
-        raise InputError(f"--model-kwargs must be a mapping, e.g. '{{cell_size: 2}}', got {args.model_kwargs!r}")
     name = args.model or metadata.get("architecture")
     if name is None:
         read_tensors(path)  # says so if it is no checkpoint
@@ -111,7 +108,7 @@ def load_model(args: argparse.Namespace, metadata: dict, num_classes: int) -> nn
     input_size = config.get("input_size", (3, 224, 224))
     model = build_model(
         name,
-        metadata.get("model_kwargs", {}) | kwargs,
+        metadata.get("model_kwargs", {}) | args.model_kwargs,
         num_classes=num_classes,
         in_chans=input_size[0],
         img_size=args.img_size or input_size[-1],

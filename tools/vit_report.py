@@ -18,13 +18,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from timm import is_model
+from timm import create_model, is_model
+from timm.models import VisionTransformer
 from tqdm import tqdm
 
 from benchmarks import vit_benchmark
 from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
 from benchmarks.records import ROOT, Results, origin, write_rows
+from tools.arguments import positive
 from tools.ending import GOES_ON, ending
+from tools.training.model import no_model
 
 ORIGIN = ("torch", "timm", "fma2d", "commit", "command")
 
@@ -34,21 +37,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--variants", nargs="+", choices=vit_benchmark.VARIANTS, default=vit_benchmark.VARIANTS, help="(both)")
-    add("--rank", type=int, default=4, help="summary tokens per coarse cell (4)")
-    add("--threads", type=int, help="on the CPU (torch's choice)")
+    add("--rank", type=positive, default=4, help="summary tokens per coarse cell (4)")
+    add("--threads", type=positive, help="on the CPU (torch's choice)")
     add("--out", type=Path, help="results file (the one in benchmarks/results)")
     large = argparse.ArgumentParser(add_help=False)
     add = large.add_argument
     add("--models", nargs="+", default=vit_benchmark.DEFAULT, help=f"timm ViTs ({' '.join(vit_benchmark.DEFAULT)})")
-    add(
-        "--sizes", nargs="+", type=int, default=[224, 512, 1024], help="pixels a side, to the next patch (224 512 1024)"
-    )
-    add("--cell-size", type=int, default=8, help="patches per side of a base cell (8)")
+    add("--sizes", nargs="+", type=positive, default=[224, 512, 1024], help="pixels, to the next patch (224 512 1024)")
+    add("--cell-size", type=positive, default=8, help="patches per side of a base cell (8)")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_subparsers(dest="report", metavar="REPORT", required=True)
     add = which.add_parser("cost", help="time and memory", parents=[common, large]).add_argument
-    add("--batch", type=int, default=1, help="batch size (1)")
+    add("--batch", type=positive, default=1, help="batch size (1)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of everything (float32)")
     add("--time-budget", type=float, default=120, help="seconds for one call; what takes longer is skipped (120)")
@@ -58,19 +59,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = which.add_parser("difference", help="of the last features", parents=[common, large]).add_argument
     add("--spreads", nargs="+", type=float, default=[1, 3], help="standard deviations of attention scores (1 3)")
     add = which.add_parser("trained", help="difference of a tiny trained ViT", parents=[common]).add_argument
-    add("--sizes", nargs="+", type=int, default=[32, 64], help="pixels a side of the test images (32 64)")
-    add("--cell-size", type=int, default=2, help="patches per side of a base cell (2)")
-    add("--epochs", type=int, default=40, help="of the training (40)")
+    add("--sizes", nargs="+", type=positive, default=[32, 64], help="pixels a side of the test images (32 64)")
+    add("--cell-size", type=positive, default=2, help="patches per side of a base cell (2)")
+    add("--epochs", type=positive, default=40, help="of the training (40)")
     args = parser.parse_args(argv)
-    if unknown := [name for name in getattr(args, "models", []) if not is_model(name)]:
-        parser.error(f"unknown models: {', '.join(unknown)}")
+    for name in getattr(args, "models", []):
+        if not is_model(name):
+            parser.error(no_model(name))
+        with torch.device("meta"):
+            if not isinstance(create_model(name), VisionTransformer):
+                parser.error(f"{name} is no VisionTransformer of timm, which this is about")
     if args.report == "cost" and args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     return args
 
 
 def cost(args: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure and print; 1 if a row fails."""
     idle_cpus()  # warns
     tasks = vit_benchmark.tasks(
         args.models,
@@ -88,7 +93,7 @@ def cost(args: argparse.Namespace) -> int:
     print(f"\n{rows[0]['machine']}, threads: {rows[0]['threads']}, torch {rows[0]['torch']}, {args.dtype}\n")
     print(vit_benchmark.table(rows))
     print(f"\nrows in {results.path}")
-    return 0
+    return int(any(row["status"].startswith("failed") for row in rows))
 
 
 def difference(args: argparse.Namespace) -> int:
@@ -112,7 +117,7 @@ def difference(args: argparse.Namespace) -> int:
     return 0
 
 
-@ending(GateError, interrupted=GOES_ON)
+@ending(GateError, interrupted=f"{GOES_ON} (cost), or from the beginning (difference, trained)")
 def main(argv: list[str] | None = None) -> int:
     """Make a report."""
     args = parse(argv)

@@ -210,15 +210,8 @@ def as_text(value) -> str:
 
 
 def read_rows(path: Path, columns: Sequence[str], key: Sequence[str] = (*KEY, "step")) -> list[dict[str, str]]:
-    """The rows of a file, the last of each key (a name that it has no column of is no part of it); [] without a file.
-
-    Raises:
-        InputError: for a file with other columns.
-    """
-    try:
-        return records.latest(records.read_rows(path, columns), key)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    """The rows of a file, the last of each key (of which a name without a column is no part); [] without a file."""
+    return records.latest(records.read_rows(path, columns), key)
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:

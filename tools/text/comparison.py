@@ -170,16 +170,15 @@ class Recorded:
 
     @classmethod
     def read(cls, path: Path, curves: Path) -> "Recorded":
-        """What the files hold; raises InputError if they have other columns."""
-        try:
-            return cls(read_rows(path, COLUMNS), read_rows(curves, CURVE_COLUMNS))
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        """What the files hold."""
+        return cls(read_rows(path, COLUMNS), read_rows(curves, CURVE_COLUMNS))
 
     def with_seed(self, rows: list[dict], points: list[dict]) -> "Recorded":
         """These of one seed, after what is recorded of the same trainings with other seeds."""
         new = rows[0]
         kept = [row for row in self.rows if row["seed"] != new["seed"] and all(row[key] == new[key] for key in SAME)]
+        if gone := len([row for row in self.rows if row["seed"] != new["seed"]]) - len(kept):
+            print(f"{gone} recorded rows of other trainings (another {', '.join(SAME)}) are replaced")
         seeds = {row["seed"] for row in kept}
         return Recorded(kept + rows, [point for point in self.points if point["seed"] in seeds] + points)
 

@@ -133,8 +133,8 @@ def load_state(path: Path) -> dict:
     """What `save_state` wrote, on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling a foreign file raises
-        raise InputError(f"cannot read the training state {path}: {' '.join(str(error).split())[:200]}") from None
+    except Exception:  # whatever unpickling a foreign file raises; what it advises would run code that a file holds
+        raise InputError(f"{path} is not a training state, or damaged") from None
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         raise InputError(f"{path} is not a training state of this version")
     return state
