@@ -87,7 +87,10 @@ def read_config(path: Path, options: dict | None = None) -> Config:
     known = [*RUNNER_KEYS, *cfg.keys()]
     for key in options or {}:
         check_option(cfg, key, known)
-    cfg.merge_from_dict(options or {})
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the --cfg-options do not fit {path}: {first_line(error)}") from error
     for key in cfg:
         if key not in RUNNER_KEYS and (close := difflib.get_close_matches(key, RUNNER_KEYS, 1, 0.9)):
             raise InputError(f"{path} sets {key}, which nothing reads; {close[0]} is meant?")
@@ -123,24 +126,27 @@ def check_names(node, place: str) -> None:
             check_names(part, f"{place}.{i}")
     if not isinstance(node, dict):
         return
-    known, reader, more = names_read(node, place)
+    known, fate, more = names_read(node, place)
     for name, part in node.items():
         if known and name not in known:
             close = difflib.get_close_matches(name, known, 1, 0.8 if more else 0.6)
             if close or not more:
                 hint = f"; {close[0]} is meant?" if close else ""
-                raise InputError(f"the config sets {place}.{name}, which {reader} does not take{hint}")
+                raise InputError(f"the config sets {place}.{name}, which {fate}{hint}")
         check_names(part, f"{place}.{name}")
 
 
 def names_read(node: dict, place: str) -> tuple[set[str], str, bool]:
-    """The names that may stand in a dict of a config, empty if not known; who reads them; and if there may be more."""
+    """The names that may stand in a dict of a config; what becomes of others; whether there may be others all the same.
+
+    No names where nothing is known of the dict.
+    """
     if fnmatchcase(place, "*_dataloader"):
         names, _ = arguments(DataLoader.__init__)
-        return names | {"num_batch_per_epoch", "disable_subprocess_warning"}, "DataLoader", False
+        return names | {"num_batch_per_epoch", "disable_subprocess_warning"}, "DataLoader does not take", False
     for pattern, names in PLAIN_NAMES.items():
         if fnmatchcase(place, pattern):
-            return names, "it", True
+            return names, "nothing reads", True
     kind = find_class(node.get("type"))
     if kind is None:
         return set(), "", True
@@ -154,7 +160,7 @@ def names_read(node: dict, place: str) -> tuple[set[str], str, bool]:
     if kind is CheckpointHook:  # hands on what it does not know when it saves, which is late
         names, more = arguments(Runner.save_checkpoint)
         known |= names - {"filename"}
-    return known, kind.__name__, more
+    return known, f"{kind.__name__} does not take", more
 
 
 def find_class(kind) -> type | None:
@@ -180,7 +186,9 @@ def arguments(function: Callable | None) -> tuple[set[str], bool]:
 
 def check_inference(cfg: Config) -> None:
     """Refuse a `model.test_cfg` at which the first validation would stop."""
-    test_cfg = cfg.get("model", {}).get("test_cfg") or {}
+    model = cfg.get("model") or {}
+    if not isinstance(model, dict) or not isinstance(test_cfg := model.get("test_cfg") or {}, dict):
+        raise InputError("model and model.test_cfg must be dicts")
     check_names(test_cfg, "model.test_cfg")
     mode = test_cfg.get("mode", "whole")
     if mode not in ("whole", "slide", "slide_flip"):
