@@ -304,6 +304,19 @@ def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatc
         assert len(told) == published.exists() == is_first
 
 
+def test_the_learning_rate_is_scaled_once(scenes, tmp_path):
+    """The schedules are built before the training, where mmengine would scale again, or refuse to."""
+    small = {name: 1 for name in ("train_cfg.max_iters", "train_cfg.val_interval", "train_dataloader.batch_size")}
+    words = (word.split("=") for word in options(scenes)[1:])
+    given = {name: 0 if value in ("0", "False") else value for name, value in words} | small
+    cfg = mmseg_runs.read_config(CONFIG, given | {"auto_scale_lr": dict(enable=True, base_batch_size=4)})
+    cfg.work_dir = str(tmp_path)
+    mmseg_runs.fit_to_machine(cfg, "none")
+    runner = mmseg_runs.build_runner(cfg, train=True)
+    runner.train()
+    assert {group["initial_lr"] for group in runner.optim_wrapper.optimizer.param_groups} == {2e-3 / 4}
+
+
 def command(*arguments):
     return [sys.executable, *map(str, arguments)]
 
