@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, Registry
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
@@ -17,15 +16,14 @@ from safetensors.torch import save_file
 
 import fma2d.mmseg
 from fma2d.mmseg import ARCHS, FMA2D, CheckpointError, load_model
-from tools.mmseg_runs import replace_sync_bn
+from tools.mmseg_runs import read_config, replace_sync_bn
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*/*.py") if p.parent.name != "_base_")
 SMALL = dict(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), head_dim=8)
 
 
 def read(path):
-    register_all_modules()
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     replace_sync_bn(cfg.model)
     return cfg
 

@@ -116,6 +116,8 @@ def test_predict_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     assert classes.shape == (70, 101)
     of_a = {int(row["label"]): int(row["pixels"]) for row in rows if row["image"].endswith("a.jpg")}
     assert of_a == {int(i): int((classes == i).sum()) for i in np.unique(classes)}
+    window = ["--cfg-options", "model.test_cfg.crop_size=64,64", "model.test_cfg.stride=48,48"]
+    assert predict.main([*arguments, "--out", str(tmp_path / "slide"), "--mode", "slide", *window]) == 0
     # The model has 15 classes; labels are ADE20K's all the same.
     assert all(make_scenes.LABELS[row["class"]] == int(row["label"]) for row in rows)
 
@@ -131,6 +133,15 @@ def test_peak_memory_is_that_of_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "option, message", [("a.jpg", "takes KEY=VALUE, got a.jpg"), ("model.test_cfg.mode=slide", "--mode says it")]
+)
+def test_predict_does_not_take_every_option(option, message, capsys):
+    with pytest.raises(SystemExit):
+        predict.parse(["photo.jpg", "--cfg-options", option])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         (["nowhere.jpg"], "there is no image nowhere.jpg"),
@@ -138,6 +149,7 @@ def test_peak_memory_is_that_of_the_device(monkeypatch):
         (["{text}"], "cannot be read as an image"),
         (["{text}", "--config", "nowhere.py", "--checkpoint", "x.pth"], "there is no config nowhere.py"),
         (["{text}", "--config", str(predict.CONFIG), "--checkpoint", "x.pth"], "there is no file x.pth"),
+        (["{text}", "--mode", "slide"], "--cfg-options model.test_cfg.crop_size=128,128 model.test_cfg.stride=96,96"),
     ],
 )
 def test_predict_says_what_is_wrong_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):

@@ -183,6 +183,7 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert "cel_size" in refused(**{"model.backbone.cel_size": 4})
     assert "ADE20K" in refused(**{"train_dataloader.dataset.type": "ADE20KDatset"})
     assert "optim_wrapper cannot be built" in refused(**{"optim_wrapper.optimizer.type": "AdamWW"})
+    assert "param_scheduler cannot be built" in refused(**{"param_scheduler.0.type": "LinearLRR"})
     misspelt = tmp_path / "misspelt.py"
     misspelt.write_text(f"_base_ = [{str(CONFIG)!r}]\ntrain_dataloder = dict(batch_size=2)\n")
     assert "sets train_dataloder" in refused(config=misspelt)
@@ -200,7 +201,59 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert not list((tmp_path / "work").glob("*.pth"))
 
 
-def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path):
+@pytest.mark.parametrize("option, value", [("test_dataloader.batchsize", 4), ("test_dataloader.batch_size", -1)])
+def test_testing_refuses_in_one_line(option, value, scenes, tmp_path, capsys):
+    """The test's data loader was built in the test itself: a traceback."""
+    arguments = [CONFIG, tmp_path / "x.pth", "--work-dir", tmp_path, *options(scenes, **{option: value})]
+    assert "test_dataloader" in refuse(test, arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("default_hooks.checkpoint.intervall", 3, "CheckpointHook does not take; interval is meant?"),
+        ("default_hooks.checkpoint.x", 3, "CheckpointHook does not take$"),
+        ("default_hooks.timer.intervall", 3, "IterTimerHook does not take$"),
+        ("train_cfg.max_iter", 3, "IterBasedTrainLoop does not take; max_iters is meant?"),
+        ("train_dataloader.batchsize", 3, "DataLoader does not take; batch_size is meant?"),
+        ("train_dataloader.sampler.shufle", True, "InfiniteSampler does not take; shuffle is meant?"),
+        ("train_dataloader.dataset.data_prefix.img_pth", "x", "nothing reads; img_path is meant?"),
+        ("train_dataloader.dataset.pipeline.2.probb", 1, "RandomFlip does not take; prob is meant?"),
+        ("val_evaluator.iou_metric", ["mIoU"], "IoUMetric does not take; iou_metrics is meant?"),
+        ("param_scheduler.0.begn", 3, "LinearLR does not take; begin is meant?"),
+        ("optim_wrapper.clip_grads", 3, "OptimWrapper does not take; clip_grad is meant?"),
+        ("optim_wrapper.optimizer.weight_decy", 0.1, "AdamW does not take; weight_decay is meant?"),
+        ("optim_wrapper.paramwise_cfg.custom_keys.norm.decay_mul", 0.1, "nothing reads; decay_mult is meant?"),
+        ("env_cfg.cudnn_benchmarks", True, "nothing reads; cudnn_benchmark is meant?"),
+        ("model.test_cfg.crop_siz", 64, "nothing reads; crop_size is meant?"),
+        ("default_hooks.checkpoint.interval.x", 3, "the --cfg-options do not fit .*interval"),
+        ("model.test_cfg", 3, "must be dicts"),
+        ("model.test_cfg.mode", "slid", "mode must be whole or slide, got slid"),
+        ("model.test_cfg.mode", "slide", "the mode slide needs the window and its stride, .* model.test_cfg.stride="),
+    ],
+)
+def test_names_that_nothing_reads_are_refused(key, value, message):
+    """A misspelt setting of the checkpoints was found when the first was written: what had been trained was lost."""
+    with pytest.raises(mmseg_runs.InputError, match=message.replace("?", r"\?")):
+        mmseg_runs.read_config(CONFIG, {key: value})
+
+
+def test_names_that_a_class_hands_on_are_kept():
+    hooks = [dict(type="EMAHook", momentum=1e-3, update_buffers=True, priority=49), dict(type="of another library")]
+    resize = dict(type="RandomChoiceResize", scales=[64], keep_ratio=True)  # the last is Resize's
+    given = {"custom_hooks": hooks, "train_dataloader.dataset.pipeline": [resize], "model.test_cfg.more": 1}
+    cfg = mmseg_runs.read_config(CONFIG, given | {"default_hooks.checkpoint.meta": dict(run=1)})
+    assert cfg.custom_hooks == hooks and cfg.default_hooks.checkpoint.meta.run == 1
+
+
+@pytest.mark.parametrize("processes", ["two", "0", ""])
+def test_a_number_of_processes_is_asked_for(processes):
+    """torchrun's traceback was the answer."""
+    found = subprocess.run([ROOT / "tools/dist_train.sh", CONFIG, processes], capture_output=True, text=True)
+    assert (found.returncode, len(found.stderr.splitlines())) == (2, 1) and "PROCESSES must be" in found.stderr
+
+
+def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path, capsys):
     """They held mmengine's log history and numbers of numpy, which `weights_only=True` refuses, and no settings."""
 
     # Resuming, mmengine skips batches without drawing the flips of their images, so later flips would differ.
@@ -220,6 +273,10 @@ def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path):
     assert all(torch.equal(weight, expected["state_dict"][name]) for name, weight in found["state_dict"].items())
     logs = [run["message_hub"]["log_scalars"]["train/loss"] for run in (found, expected)]
     assert torch.equal(logs[0]["log"], logs[1]["log"]) and logs[0]["log"].shape == logs[0]["count"].shape == (4,)
+    capsys.readouterr()
+    run(broken, "--resume")  # nothing is left to train, and what it reaches may never have been told
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"{broken} is finished; tools/test.py {CONFIG} {broken / 'iter_4.pth'} scores it" in last
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -245,6 +302,19 @@ def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatc
         assert test.main([*arguments, *options(scenes)]) == 0
         told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aAcc ")]
         assert len(told) == published.exists() == is_first
+
+
+def test_the_learning_rate_is_scaled_once(scenes, tmp_path):
+    """The schedules are built before the training, where mmengine would scale again, or refuse to."""
+    small = {name: 1 for name in ("train_cfg.max_iters", "train_cfg.val_interval", "train_dataloader.batch_size")}
+    words = (word.split("=") for word in options(scenes)[1:])
+    given = {name: 0 if value in ("0", "False") else value for name, value in words} | small
+    cfg = mmseg_runs.read_config(CONFIG, given | {"auto_scale_lr": dict(enable=True, base_batch_size=4)})
+    cfg.work_dir = str(tmp_path)
+    mmseg_runs.fit_to_machine(cfg, "none")
+    runner = mmseg_runs.build_runner(cfg, train=True)
+    runner.train()
+    assert {group["initial_lr"] for group in runner.optim_wrapper.optimizer.param_groups} == {2e-3 / 4}
 
 
 def command(*arguments):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from fma2d.mmseg import CheckpointError, load_model
 from fma2d.tiled import segment, smallest_integer
 from tools.ending import InputError, ending
-from tools.mmseg_runs import annotation_labels, read_config, replace_sync_bn
+from tools.mmseg_runs import add_options, annotation_labels, check_inference, read_config, replace_sync_bn
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x128.py"
@@ -63,8 +63,7 @@ class Predictor:
     ):
         replace_sync_bn(cfg.model)
         cfg.model.test_cfg.mode = mode
-        if mode == "slide" and not {"crop_size", "stride"} <= cfg.model.test_cfg.keys():
-            raise InputError("--mode slide needs crop_size and stride in the config's model.test_cfg")
+        check_inference(cfg)
         self.model: nn.Module = MODELS.build(cfg.model).eval().to(device)
         load_model(self.model, str(checkpoint))
         self.mode, self.tile = mode, tile
@@ -155,9 +154,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--opacity", type=float, default=0.5, help="of the colours in the overlay, 0 to 1 (0.5)")
     add("--tile", type=int, default=256, help="pixels a side that head and argmax work on at a time, whole mode (256)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:N (cuda if there)")
+    add_options(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.opacity <= 1 or args.tile < 1:
         parser.error("--opacity must be from 0 to 1, --tile at least 1")
+    if "model.test_cfg.mode" in (args.cfg_options or {}):
+        parser.error("--cfg-options model.test_cfg.mode: --mode says it")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     if args.checkpoint is None:
@@ -171,7 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def predict(args: argparse.Namespace) -> None:
     """Segment each image and write what was found."""
     paths = find_images(args.images)
-    cfg = read_config(args.config)
+    cfg = read_config(args.config, args.cfg_options)
     predictor = Predictor(cfg, args.checkpoint, args.mode, args.full_size, args.tile, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     rows, seen, started = [], set(), time.monotonic()

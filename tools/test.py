@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
@@ -22,7 +22,7 @@ from torch import nn
 from fma2d.checkpoint import save_checkpoint
 from fma2d.mmseg import CheckpointError, load_model
 from tools.ending import ending
-from tools.mmseg_runs import annotation_labels, build_runner, check_data, fit_to_machine, read_config
+from tools.mmseg_runs import add_options, annotation_labels, build_runner, check_data, fit_to_machine, read_config
 
 
 class WritePredictions(Hook):
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder to write predictions to, as annotation files")
     add("--publish", type=Path, metavar="FILE", help="write the weights and this result to a .safetensors file")
     add("--launcher", choices=("none", "pytorch"), default="none", help="pytorch: started by torchrun (none)")
-    add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings put into the config")
+    add_options(parser)
     args = parser.parse_args(argv)
     if args.publish and args.publish.suffix != ".safetensors":
         parser.error(f"--publish: the file must end in .safetensors, got {args.publish}")

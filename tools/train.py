@@ -10,12 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner import CheckpointLoader, find_latest_checkpoint
 
 from fma2d.mmseg import CheckpointError, read_weights
 from tools.ending import ending
-from tools.mmseg_runs import build_runner, check_data, fit_to_machine, read_config
+from tools.mmseg_runs import add_options, build_runner, check_data, fit_to_machine, read_config
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -27,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in the work dir, if there is one")
     add("--amp", action="store_true", help="mixed precision; needs a CUDA device")
     add("--launcher", choices=("none", "pytorch"), default="none", help="pytorch: started by torchrun (none)")
-    add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings put into the config")
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -44,7 +43,13 @@ def train(args: argparse.Namespace) -> None:
     start = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None)
     if start:
         read_weights(start)  # what is no checkpoint is refused now, before mmengine runs the code it may hold
-    build_runner(cfg, train=True).train()
+    runner = build_runner(cfg, train=True)
+    meta = CheckpointLoader.load_checkpoint(start, "cpu").get("meta", {}) if start and cfg.get("resume") else {}
+    if meta.get("iter", 0) >= runner.max_iters:
+        # The checkpoint is written before the last validation, which a stopped run may lack.
+        print(f"the training in {cfg.work_dir} is finished; tools/test.py {args.config} {start} scores it")
+        return
+    runner.train()
 
 
 @ending(CheckpointError, interrupted="interrupted; --resume goes on from the last checkpoint")
