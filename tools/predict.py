@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from fma2d.mmseg import CheckpointError, load_model
 from fma2d.tiled import segment, smallest_integer
+from tools.config_names import check_inference
 from tools.ending import InputError, ending
-from tools.mmseg_runs import add_options, annotation_labels, check_inference, read_config, replace_sync_bn
+from tools.mmseg_runs import add_options, annotation_labels, read_config, replace_sync_bn
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x128.py"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.runner import CheckpointLoader, find_latest_checkpoint
+from mmengine.runner import find_latest_checkpoint
 
-from fma2d.mmseg import CheckpointError, read_weights
+from fma2d.mmseg import CheckpointError, load_tensors, read_weights
 from tools.ending import ending
 from tools.mmseg_runs import add_options, build_runner, check_data, fit_to_machine, read_config
 
@@ -44,7 +44,7 @@ def train(args: argparse.Namespace) -> None:
     if start:
         read_weights(start)  # what is no checkpoint is refused now, before mmengine runs the code it may hold
     runner = build_runner(cfg, train=True)
-    meta = CheckpointLoader.load_checkpoint(start, "cpu").get("meta", {}) if start and cfg.get("resume") else {}
+    meta = load_tensors(start, "cpu").get("meta", {}) if start and cfg.get("resume") else {}
     if meta.get("iter", 0) >= runner.max_iters:
         # The checkpoint is written before the last validation, which a stopped run may lack.
         print(f"the training in {cfg.work_dir} is finished; tools/test.py {args.config} {start} scores it")
