@@ -3,9 +3,6 @@
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.records import RecordsError
 
