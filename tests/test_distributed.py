@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 WORKER = """
+import gc
 import timm, torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +44,9 @@ for p in model.parameters():
     assert torch.equal(*others)
 print("done", flush=True)
 dist.barrier()  # who leaves first takes the other's connection along
+# The threads of gloo must end before Python does, which they do where nothing holds the group any more.
+del wrapped, optimizer, others
+gc.collect()
 dist.destroy_process_group()
 """
 

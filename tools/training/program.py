@@ -1,6 +1,7 @@
 """What the training programs have in common around their work: options, the processes of torchrun, ends."""
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         return 130
     finally:
         if dist.is_initialized():
+            # A model in a reference cycle holds the group, whose threads would outlive Python and may abort it.
+            gc.collect()
             dist.destroy_process_group()
 
 
