@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch.export import Dim
 
 import fma2d
@@ -116,7 +117,10 @@ def test_the_tool_exports_and_checks_a_model(tmp_path, capsys):
 
 
 def test_the_tool_says_what_is_wrong(tmp_path, capsys):
+    dense = tmp_path / "dense.safetensors"
+    save_file({"weight": torch.ones(1)}, dense, {"attention": "dense"})
     for arguments, words in [
+        (["fma2d_nano", "--checkpoint", str(dense)], "was trained with dense attention, which this does not export"),
         (["fma2d_nano", "--max-size", "32"], "--max-size must be above 64"),
         (["fma2d_tini"], "timm has no model fma2d_tini; near it are fma2d_tiny"),
         (["fma2d_nano", "--model-kwargs", "{window: 7}"], "window"),

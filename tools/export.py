@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if missing := [name for name in needed if not find_spec(name)]:
         parser.error(f"ONNX needs {', '.join(missing)}: pip install 'fma2d[export]', or --formats pt2")
     metadata = read_metadata(args.checkpoint) if args.checkpoint and args.checkpoint.is_file() else {}
+    if (attention := metadata.get("attention", "fma")) != "fma":
+        parser.error(f"{args.checkpoint} was trained with {attention} attention, which this does not export")
     options = made_with(metadata) | args.model_kwargs | dict(img_size=args.max_size, pretrained=args.pretrained)
     if args.num_classes is not None:
         options["num_classes"] = args.num_classes
