@@ -1,5 +1,6 @@
 """The operator as PyTorch sees it: registration, compilation, memory."""
 
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -8,11 +9,12 @@ from operator_cases import KERNELS, Call, cotangents, forced, random_call
 from operator_cases import one_thread as one_thread
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fma2d import multipole_attention, num_levels, start_kernels
+from fma2d import multipole_attention, num_levels, ops, start_kernels
 from fma2d.ops import blocked, library, reference
 from fma2d.ops.options import Call as OpCall
 from fma2d.ops.options import Options
@@ -61,6 +63,53 @@ def test_ops_are_registered_as_they_should(case):
     ):
         torch.library.opcheck(op, arguments, test_utils=tests)
         assert_fake_has_the_layout(op, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("linear", (None, 1), ids=("log-linear", "linear"))
+@pytest.mark.parametrize("grid", ((37,), (9, 70)), ids=str)
+def test_transforms_see_through_the_operator(grid, linear):
+    """They need rules that a `torch.library` op lacks: in forward mode its derivative was zero, without a word."""
+    call = random_call(grid, 2, 2, linear=linear, mask=0.7)
+    leaves = [x.detach() for x in call.leaves()]
+    tangents = [torch.randn_like(x) for x in leaves]
+
+    def attend(*leaves, backend="torch"):
+        return multipole_attention(**call.with_leaves(leaves), backend=backend)
+
+    def loss(leaves, backend="torch"):
+        return attend(*leaves, backend=backend).sin().sum()
+
+    def reference(*leaves):
+        return attend(*leaves, backend="reference")
+
+    def same(found, expected):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+    expected = torch.func.jvp(reference, tuple(leaves), tuple(tangents))
+    same(torch.func.jvp(attend, tuple(leaves), tuple(tangents)), expected)
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, leaves, tangents)
+        same(forward_ad.unpack_dual(attend(*duals, backend="auto")).tangent, expected[1])
+    same(torch.func.grad(loss)(leaves), torch.func.grad(partial(loss, backend="reference"))(leaves))
+    images = torch.randn(3, *leaves[0].shape, dtype=torch.float64)
+    same(torch.vmap(lambda x: attend(x, *leaves[1:]))(images), torch.stack([attend(x, *leaves[1:]) for x in images]))
+
+
+def test_one_token_has_no_gradient_through_its_score():
+    """Its weight is 1. Rounding left gradients of 1e-7, against an expected 0."""
+    call = random_call((1, 1), 8, 1, head_dim=64, linear=1, levels=(1, 1)).to(torch.float32)
+    d_out = torch.randn_like(call["q"])
+    grads = torch.autograd.grad(multipole_attention(**call), call.leaves(), d_out)
+    assert torch.equal(grads[2], d_out)
+    assert not any(grad.any() for i, grad in enumerate(grads) if i != 2)
+
+
+def test_the_kernels_on_a_gpu_are_not_for_transforms(monkeypatch):
+    monkeypatch.setattr(ops, "why_not", lambda backend, q: None)
+    x = torch.zeros(1, 1, 5, 4)
+    with pytest.raises(RuntimeError, match=r"torch\.func and forward mode need backend 'torch'"):
+        torch.vmap(lambda x: multipole_attention(x, x, x, [], [], cell_size=1, rank=1, backend="triton"))(x[None])
 
 
 def test_compiles_to_one_graph_for_all_sizes():

@@ -6,8 +6,9 @@ from inspect import signature
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import library, reference, tiles
+from . import blocked, library, reference, tiles
 from .checks import check_call
 from .options import Call, Kernels, Options
 
@@ -63,16 +64,19 @@ def multipole_attention(
     q, k, v = _autocast(q, k, v)
     key_mask = check_call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, cell_size, rank, causal, scale)
     options = Options(cell_size, rank, causal, count_bias, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    kernels, levels = library.flatten_kernels(key_kernels, value_kernels, query_kernels)
+    transformed = _is_transformed([q, k, v, *kernels])
     if backend == "auto":
-        backend = "triton" if q.device.type == "cuda" and _why_not_triton(q) is None else "torch"
+        backend = "triton" if q.device.type == "cuda" and not transformed and _why_not_triton(q) is None else "torch"
     elif (reason := why_not(backend, q)) is not None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
-    if backend == "reference":
+    elif backend == "triton" and transformed:
+        raise RuntimeError("backend 'triton' cannot run this call: torch.func and forward mode need backend 'torch'")
+    if backend == "reference" or transformed:
+        attention = reference.attention if backend == "reference" else blocked.forward
         with torch.autocast(q.device.type, enabled=False):
-            call = Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options)
-            out, lse = reference.attention(call)
+            out, lse = attention(Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options))
     else:
-        kernels, levels = library.flatten_kernels(key_kernels, value_kernels, query_kernels)
         out, lse = library.multipole_attention(
             q, k, v, kernels, levels, key_mask, cell_size, rank, causal, count_bias, options.scale, backend
         )
@@ -117,6 +121,20 @@ def _why_no_kernels(device: torch.device) -> str | None:
     if not _interpreting():
         return f"q is on {device.type!r}: its kernels run on CUDA devices, elsewhere under TRITON_INTERPRET=1 only"
     return None
+
+
+def _is_transformed(tensors: list[Tensor]) -> bool:
+    """Whether a transform of `torch.func` or forward-mode autograd is at work, for which the op has no rules."""
+    if _has_transforms():
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _has_transforms() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _interpreting() -> bool:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..aggregation import BlockSums, log_counts
 from ..geometry import cell_side, num_levels, tiling
 from . import windows
+from .cells import ABSENT, PAIRS, State, Windows
 from .options import Call, Kernels
-from .slabs import ABSENT, PAIRS, State, Windows
 from .sources import sources
 
 # A grid without coarse levels and of at most this many tokens is one window.

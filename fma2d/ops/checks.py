@@ -1,6 +1,6 @@
 """Argument checks of the operator: one clear error that names the argument, before any work."""
 
-from math import inf
+from sys import float_info
 
 from torch import Tensor, bfloat16, bool, float16, float32, float64
 
@@ -47,7 +47,7 @@ def check_call(
         raise ValueError("causal cannot be combined with query_kernels: a summary query would hold later tokens")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if scale is not None and not -inf < scale < inf:
+    if scale is not None and not -float_info.max <= scale <= float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
     for name, kernels in (("key", key_kernels), ("value", value_kernels), ("query", query_kernels)):
         if kernels is not None or name != "query":

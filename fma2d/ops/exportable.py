@@ -15,10 +15,9 @@ from torch import Tensor, arange
 
 from ..aggregation import level_kernels
 from ..geometry import cell_side, subcell_overlaps, tiling
+from .cells import ABSENT
 from .options import Kernels
 
-# The score of what is not attended to. Finite: a far field that does not exist has no NaN and loses to any near token.
-ABSENT = -1e30
 # The children of a parent's neighbours are 6 x 6 cells; the parent's own two on an axis are number 2 and 3 of them.
 WINDOW = 6
 
@@ -85,13 +84,13 @@ class _Lattice:
 
 @dataclass
 class _Window:
-    """Where what a cell sees is stored, `[N * entries]`, and whether it exists, `[N, entries]`."""
+    """The window of every cell: where its entries lie, `[N * entries]`, and whether they exist, `[N, entries]`."""
 
     index: Tensor
     inside: Tensor
 
     def take(self, x: Tensor) -> Tensor:
-        """Of values `[G, places, channels]` those in the window, zero outside: `[G, N, entries, channels]`."""
+        """The values in the window, of `[G, places, channels]`, zero outside: `[G, N, entries, channels]`."""
         x = x.index_select(1, self.index).unflatten(1, self.inside.shape)
         return torch.where(self.inside[..., None], x, 0)
 
@@ -153,7 +152,7 @@ class _Call:
         return queries, _scores(queries, around.take(self.k), bias), around.take(self.v)
 
     def _far(self, level: int, cells: list[Tensor], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a level's summary keys and values those in these cells' windows, `[G, N, entries, channels]`, and bias."""
+        """A level's summary keys and values in these cells' windows, `[G, N, entries, channels]`, and their bias."""
         place = arange(WINDOW, device=self.device)
         lattice = _Lattice(*[c.shape[0] for c in self._cells(level)])
         window = lattice.window(*[c[:, None] // 2 * 2 - 2 + place for c in cells])

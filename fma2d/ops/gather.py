@@ -1,8 +1,7 @@
 """How the torch backend cuts arrays into tiles where cells are small: by gathering the windows of many cells at once.
 
 Summary tokens' windows are so small that slabs (`slabs.py`) would be all overhead. Here the arrays are padded to whole
-cells and windows, what is outside the grid being absent, and one run of cells along the first axis is one tile. The
-classes answer to the same calls as those of `slabs.py`.
+cells and windows, what is outside the grid being absent, and one run of cells along the first axis is one tile.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..geometry import subcells
-from .slabs import ABSENT, PAIRS, State, Windows, own_parts, part_index
+from .cells import ABSENT, PAIRS, State, Windows, own_parts, part_index
 
 # Up to this many (query, key) pairs a cell, windows are gathered.
 SMALL = 1 << 12

@@ -65,14 +65,32 @@ def _(q, k, v, kernels, levels, key_mask, *settings):
 )
 def multipole_attention_backward(q, k, v, kernels, levels, key_mask, out, lse, d_out, d_lse, *settings):
     """Gradients of q, k, v, then of the flat kernels."""
+    if q.shape[2:-1].numel() == 1:
+        return [*_one_token_backward(q, k, v, key_mask, d_out, d_lse, settings[-2]), *map(torch.zeros_like, kernels)]
     d_tokens, d_kernels = _run("backward", q, k, v, kernels, levels, key_mask, settings, out, lse, d_out, d_lse)
     return [*d_tokens, *flatten_kernels(*d_kernels)[0]]
 
 
 @multipole_attention_backward.register_fake
 def _(q, k, v, kernels, levels, key_mask, out, lse, d_out, d_lse, *settings):
-    tokens = [x.new_empty(x.shape[0], *x.shape[2:-1], x.shape[1], x.shape[-1]).movedim(-2, 1) for x in (q, k, v)]
-    return [*tokens, *(torch.empty_like(w) for w in kernels)]
+    return [*map(_new_gradient, (q, k, v)), *map(torch.empty_like, kernels)]
+
+
+def _new_gradient(x: Tensor) -> Tensor:
+    """An empty tensor for the gradient of `[B, heads, *grid, head_dim]`, channels last in memory as all of them are."""
+    return x.new_empty(x.shape[0], *x.shape[2:-1], x.shape[1], x.shape[-1]).movedim(-2, 1)
+
+
+def _one_token_backward(q, k, v, key_mask, d_out, d_lse, scale: float) -> list[Tensor]:
+    """Gradients of q, k and v of a grid of one token, whose weight is 1 whatever its score.
+
+    The backends' `d_out . v - delta` is rounded twice, and where it should vanish, what is left is all of the gradient.
+    """
+    d_score = scale * d_lse[..., None]
+    grads = [d_score * k, d_score * q, d_out]
+    if key_mask is not None:
+        grads = [torch.where(key_mask[:, None, ..., None], d, 0) for d in grads]
+    return [_new_gradient(x).copy_(d) for x, d in zip((q, k, v), grads, strict=True)]
 
 
 def _setup(ctx, inputs, output):

@@ -10,7 +10,6 @@ Only a few cells' scores exist at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -19,62 +18,10 @@ import torch
 from torch import Tensor
 
 from ..geometry import subcells
+from .cells import ABSENT, PAIRS, State, Windows, own_parts, part_index
 
-# Scores are held for about this many (query, key) pairs at a time: they stay in cache.
-PAIRS = 1 << 20
 # A slab of keys holds about this many elements, or this many cells along the last axis, however long the row.
 SLAB, LEAST_CELLS = 1 << 18, 12
-# Stands for -inf, so that no inf - inf arises; what is below half of it has attended to nothing.
-ABSENT = -1e30
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Cells and their windows.
-
-    Attributes:
-        query_cell: query positions per cell, an axis each.
-        key_cell: key positions per cell, an axis each.
-        after: cells of the window after the own one (1; 0 if causal). There is always one before.
-        exclude: `[query_cell, window]` bool an axis, or None; a pair is excluded where every axis says so.
-        scale: factor of every score.
-    """
-
-    query_cell: tuple[int, ...]
-    key_cell: tuple[int, ...]
-    after: int
-    exclude: tuple[Tensor, ...] | None
-    scale: float
-
-
-class State(NamedTuple):
-    """A softmax under way: what queries attended to so far, as further entries of theirs.
-
-    Attributes:
-        value, lse: `[B, *entries, heads, head_dim]`, `[B, *entries, heads]`.
-        parts: entries per query cell, an axis each, shared by the queries of that part of the cell; None if every
-            query has its own.
-    """
-
-    value: Tensor
-    lse: Tensor
-    parts: tuple[int, ...] | None = None
-
-
-def part_index(parts: list[tuple[int, ...]], extents: list[int], device: torch.device) -> Tensor:
-    """Row-major index of the entries that positions read, from each axis' `parts[axis][position]`."""
-    index = torch.zeros(1, dtype=torch.long, device=device)
-    for part, extent in zip(parts, extents, strict=True):
-        index = (index[:, None] * extent + torch.tensor(part, device=device)).flatten()
-    return index
-
-
-def own_parts(cell: tuple[int, ...], parts: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """An axis each: which of the parts of a cell holds each of its positions, `[positions, parts]` bool."""
-    return tuple(
-        torch.tensor(subcells(c, c, p), device=device)[:, None] == torch.arange(p, device=device)
-        for c, p in zip(cell, parts, strict=True)
-    )
 
 
 class Tile(NamedTuple):
@@ -204,7 +151,15 @@ def rows(q: Tensor, k: Tensor, windows: Windows, dtype: torch.dtype, ring=False,
 
 
 class Row:
-    """One row of cells: its slabs and its tiles, in which cells count from the beginning of the stretch."""
+    """One row of cells: its slabs and its tiles, in which cells count from the beginning of the stretch.
+
+    Attributes:
+        query_box, key_box: the slices of the arrays that are the row's, of queries and of keys.
+        lead: for each axis but the last, the rows of the cell, and start and stop of what the grid has of its window.
+        across, key_across: positions across the row.
+        halo: cells of the slab of keys before cell 0.
+        first, inner: the cells from `first` to `inner` are whole, and so are their windows.
+    """
 
     def __init__(
         self,

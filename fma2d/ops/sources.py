@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..aggregation import Aggregation, BlockSums, level_kernels, spread
 from ..geometry import Grid, cell_side, num_levels
+from .cells import is_followed
 from .options import Kernels, Options
 
 
@@ -41,7 +42,7 @@ def sources(
 
 def _side_by_side(tokens: list[Tensor], kernels: list[Kernels]) -> bool:
     """Whether tensors, and what they are aggregated with, can be taken as one of more heads."""
-    if torch.is_grad_enabled():  # as one they would be functions of the first tensor only
+    if is_followed():  # as one they would be functions of the first tensor only
         return False
     first, heads = tokens[0], tokens[0].shape[-2]
     shapes = [[[w.shape for w in axes] for axes in levels] for levels in kernels]
@@ -130,7 +131,7 @@ class Source:
         return self.d_sums[block]
 
     def kernel_grads(self) -> list[Kernels]:
-        """Of each tensor's kernels."""
+        """The gradients of each tensor's kernels."""
         grads = []
         for kernels, totals in zip(self.kernels, self.d_kernels, strict=True):
             pairs = zip(totals, kernels or [], strict=True)

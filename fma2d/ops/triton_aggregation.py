@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import gcd, prod
 
 import torch
@@ -19,7 +18,6 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..aggregation import start_kernels
 from ..geometry import cell_side, tiling
 from . import tiles
 from .options import Kernels, Options
@@ -168,7 +166,7 @@ class _Pass:
     def _used(self, learned: Kernels, level: int) -> Sequence[Tensor]:
         if learned:
             return learned[min(level, len(learned)) - 1]
-        return _start(level, self.options.cell_size, self.options.rank, self.ndim, self.device)
+        return start_kernels(level, self.options.cell_size, self.options.rank, self.ndim, self.device)
 
     def _plan(self, used: list[list[Sequence[Tensor]]], masked: bool) -> list[_Level]:
         cell_size = self.options.cell_size
@@ -344,7 +342,24 @@ def _three(x: list) -> list:
     return [*x, *[x[0]] * (3 - len(x))]
 
 
-@lru_cache(maxsize=64)
-def _start(level: int, cell_size: int, rank: int, ndim: int, device: torch.device) -> list[Tensor]:
-    """The start value, kept: making it copies from the host, which a CUDA graph cannot."""
-    return start_kernels(level, cell_size, rank, ndim, 1, 1, device=device)
+def start_kernels(level: int, cell_size: int, rank: int, ndim: int, device: torch.device) -> list[Tensor]:
+    """As `fma2d.start_kernels`, for all heads and channels, made on the device.
+
+    A CUDA graph cannot copy from the host, and must not find in its memory what was kept from an earlier call.
+    """
+    parts, bins = tiling(rank, ndim), cell_size
+    if any(cell_size % p for p in parts):
+        bins = cell_side(level, cell_size)
+    index, kernels = torch.arange(rank, device=device), []
+    for p in reversed(parts):
+        shares = overlaps(bins, p, device).T / bins
+        kernels.insert(0, shares[index % p][:, None, None].contiguous())
+        index = index // p
+    return kernels
+
+
+def overlaps(side: int, parts: int, device: torch.device) -> Tensor:
+    """`[side, parts]`: how much of each token of a cell lies in each sub-cell, in units of `1 / parts` tokens."""
+    token = torch.arange(side, device=device)[:, None] * parts
+    part = torch.arange(parts, device=device) * side
+    return (torch.minimum(token + parts, part + side) - torch.maximum(token, part)).clamp(min=0).to(torch.float32)

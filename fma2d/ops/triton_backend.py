@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from ..geometry import cell_side, num_cells, num_levels, tiling
 from . import blocked, tiles, triton_backward, triton_backward_far, triton_forward
 from .options import Call, Kernels
-from .triton_aggregation import Summaries
+from .triton_aggregation import Summaries, overlaps
 
 # How tensor cores multiply float32. Coarse levels are float32 whatever the tokens are, with the precision of these.
 PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
@@ -90,7 +90,8 @@ class _Run:
     """
 
     def __init__(self, call: Call):
-        q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options = call
+        *tokens, key_kernels, value_kernels, query_kernels, key_mask, options = call
+        q, k, v = map(_channels_last, tokens)
         batch, heads, *grid, head_dim = q.shape
         self.options, self.key_mask, self.grid = options, key_mask, tuple(grid)
         self.dtype, self.device, self.ndim = q.dtype, q.device, len(grid)
@@ -111,7 +112,7 @@ class _Run:
         self.cells = prod(-(-n // c) for n, c in zip((height, width), self.cell, strict=True))
         self.parents = [prod(-(-n // c) for n, c in zip(extents, self.parent, strict=True)) for extents in self.extents]
 
-        tokens = [_channels_last(x.unsqueeze(2) if self.ndim == 1 else x) for x in (q, k, v)]
+        tokens = [x.unsqueeze(2) if self.ndim == 1 else x for x in (q, k, v)]
         scale = options.scale
         self.arguments = {
             **dict(zip(("q", "k", "v"), tokens, strict=True)),
@@ -138,9 +139,9 @@ class _Run:
         parts, side = self.parts[-self.ndim :], self.options.cell_size
         count = self.key_mask.to(torch.float32)  # tokens of a sub-cell, in units of 1 / rank
         for axis, p in enumerate(parts, 1):
-            overlaps = _overlaps(side, p, self.device)
+            shares = overlaps(side, p, self.device)
             cells = pad(count.movedim(axis, -1), (0, -count.shape[axis] % side)).unflatten(-1, (-1, side))
-            count = (cells @ overlaps).flatten(-2).movedim(-1, axis)
+            count = (cells @ shares).flatten(-2).movedim(-1, axis)
         counts = [count]
         for extents in self.extents[1:]:
             # Sub-cells nest: two of an axis make one of the next level.
@@ -298,13 +299,6 @@ class _Run:
         return d_k, d_v
 
 
-def _overlaps(side: int, parts: int, device: torch.device) -> Tensor:
-    """`[side, parts]`: how much of each token of a cell lies in each sub-cell, in units of `1 / parts` tokens."""
-    token = torch.arange(side, device=device)[:, None] * parts
-    part = torch.arange(parts, device=device) * side
-    return (torch.minimum(token + parts, part + side) - torch.maximum(token, part)).clamp(min=0).to(torch.float32)
-
-
 def _block(cell: tuple[int, int]) -> int:
     """Rows of the largest tile of a cell."""
     return min(64, max(16, triton.next_power_of_2(prod(cell))))
@@ -316,5 +310,5 @@ def _padded(cell: tuple[int, int]) -> int:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Itself if its channels lie together; else a copy of `[B, heads, H, W, head_dim]` in which they do."""
+    """Itself if its channels lie together; else a copy of `[B, heads, *grid, head_dim]` in which they do."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.movedim(1, -2).contiguous().movedim(-2, 1)

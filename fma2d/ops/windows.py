@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .gather import SMALL, Run, pairs_per_cell, runs
-from .slabs import ABSENT, Row, State, Windows, rows
+from .cells import ABSENT, Piece, State, Windows, is_followed
+from .gather import SMALL, pairs_per_cell, runs
+from .slabs import rows
 
 
 def forward(
@@ -32,7 +33,7 @@ def forward(
     out = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:-1], dtype=dtype)
     # What is gathered has addends all the same, for what lies outside the grid.
-    fused = bias is None and windows.exclude is None and q.device.type == "cpu" and not torch.is_grad_enabled()
+    fused = bias is None and windows.exclude is None and q.device.type == "cpu" and not is_followed()
     for row in _pieces(q, k, windows, bias, dtype, fused):
         queries, keys, values = row.queries(q), row.keys(k), row.keys(v)
         addends = row.addends(bias)
@@ -110,11 +111,11 @@ def backward(
 
 def _pieces(
     q: Tensor, k: Tensor, windows: Windows, bias: Tensor | None, dtype: torch.dtype, fused: bool = False
-) -> Iterator[Row | Run]:
+) -> Iterator[Piece]:
     if pairs_per_cell(windows) <= SMALL:
         return runs(q, k, windows, dtype)
     # Rings are overwritten from row to row, which autograd cannot follow.
-    return rows(q, k, windows, dtype, ring=bias is None and not torch.is_grad_enabled(), fused=fused)
+    return rows(q, k, windows, dtype, ring=bias is None and not is_followed(), fused=fused)
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
