@@ -92,6 +92,7 @@ def graph(device: str) -> str:
     """Forward and backward captured as a CUDA graph, replayed on other tokens."""
     leaves = _call(2, 96, device)
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(2):
             _run(leaves)

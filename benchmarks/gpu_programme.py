@@ -3,15 +3,18 @@
 In order: correctness on the device, what the card can do at most; at the main shape alone, the operator against its
 peers, which kernel takes how long, and the models; then the longer tests; then all sizes of the operator and of the
 models. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
-with the next, and within a piece with the next row. A piece that shows a wrong result ends the programme. Results are
-CSV files in one folder; tools/plot.py draws them.
+with the next, and within a piece with the next row. A gate that shows a wrong result ends the programme; tests that
+fail are recorded, named at the end, and run again by --piece only. Results are CSV files in one folder; tools/plot.py
+draws them.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,11 +37,21 @@ PIECE_SECONDS = 480
 MARGIN = 40  # of a piece's time, for what comes before and after its rows
 BACKEND = "fma2d-triton"
 MAIN_GRID = (256, 256)
+FAILED = "failed"
+
+
+class TestsFailed(Exception):
+    """Tests failed, or were not done in time."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the programme. `work` returns whether it is done, False to be called again."""
+    """A part of the programme.
+
+    Attributes:
+        work: returns whether it is done, False to be called again. It may raise `GateError`, which ends the programme,
+            or `TestsFailed`.
+    """
 
     name: str
     work: Callable[[], bool]
@@ -55,8 +68,9 @@ class Programme:
     def pieces(self) -> list[Piece]:
         operator, models = self._operator(), self._models()
         first = [operator.pop(0), Piece("kernels", self._kernels), models.pop(0)]
-        tests = [] if self.smoke else [Piece("gate: slow tests", lambda: self._pytest("slow"))]
-        return [*self._gates(), Piece("card", self._card), *first, *tests, *operator, *models]
+        tests = [self._tests("not slow", name) for name in ("attention", "aggregation")]
+        slow = [] if self.smoke else [self._tests("slow", "attention")]
+        return [*self._gates(), *tests, Piece("card", self._card), *first, *slow, *operator, *models]
 
     # Correctness.
 
@@ -66,18 +80,24 @@ class Programme:
             found.append(Piece(f"gate: operator in {dtype}", lambda dtype=dtype: self._gate(dtype)))
         for name in [] if self.smoke else device_checks.CHECKS:
             found.append(Piece(f"gate: {name}", lambda name=name: self._check(name)))
-        return [*found, Piece("gate: tests", lambda: self._pytest("not slow"))]
+        return found
 
-    def _pytest(self, marked: str) -> bool:
-        """The kernels' tests: on a GPU in several processes, as compiling takes most of their time."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked]
-        command += map(str, sorted((ROOT / "tests").glob("test_triton_*.py")))
+    def _tests(self, marked: str, name: str) -> Piece:
+        return Piece(f"tests: {name}, {marked}", lambda: self._pytest(marked, name))
+
+    def _pytest(self, marked: str, name: str) -> bool:
+        """A file of the kernels' tests: on a GPU in several processes, as compiling takes most of their time."""
+        command = [sys.executable, "-m", "pytest", "-q", "-m", marked, f"tests/test_triton_{name}.py"]
         if self.smoke:
             command += ["-k", "row or limits"]
         elif find_spec("xdist"):
             command += ["-n", str(min(16, os.cpu_count() or 1))]
-        if subprocess.run(command, cwd=ROOT, timeout=PIECE_SECONDS).returncode:
-            raise GateError(f"of the kernels' tests marked {marked!r} some failed")
+        try:
+            status = subprocess.run(command, cwd=ROOT, timeout=PIECE_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            raise TestsFailed(f"not done after {PIECE_SECONDS} s; what was compiled is kept, try again") from None
+        if status:
+            raise TestsFailed(f"exit code {status} of pytest")
         return True
 
     def _gate(self, dtype: str) -> bool:
@@ -87,7 +107,12 @@ class Programme:
         return True
 
     def _check(self, name: str) -> bool:
-        print(f"{name}: {device_checks.CHECKS[name](self.device)}")
+        try:
+            found = device_checks.CHECKS[name](self.device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            found = "skipped: out of memory"
+        print(f"{name}: {found}")
         return True
 
     # Speed.
@@ -144,6 +169,9 @@ class Programme:
             shape = dict(height=height, width=width, batch=8, heads=2, head_dim=64)
             step = operator_benchmark.build(**subject, **shape, device=self.device, dtype="bfloat16").step
             rows = card.kernel_times(step, repeats)
+            if not rows:
+                print("skipped: the profiler sees no kernels here")
+                return True
             total = sum(float(row["us"]) for row in rows)
             called, replayed = _call_times(step, repeats)
             print(f"\n{mode}, {variant}, {height} x {width} tokens, batch 8, 2 heads of 64, bfloat16")
@@ -176,20 +204,22 @@ class Programme:
     # Order.
 
     def done(self) -> dict[str, str]:
-        """Pieces that are done, with the commit that they were done at."""
+        """Pieces that are done, with the commit that they were done at, and how they failed if they did."""
         return json.loads(self.state.read_text()) if self.state.exists() else {}
 
     def call(self, piece: Piece) -> bool:
         """Do a piece, or as much of it as there is time for, and record it if it is done."""
-        start = time.monotonic()
-        finished = piece.work()
+        start, outcome = time.monotonic(), commit()
+        try:
+            finished = piece.work()
+        except TestsFailed as error:
+            finished, outcome = True, f"{outcome}, {FAILED}: {error}"
         self.fresh = False
-        print(
-            f"-- {piece.name}: {'done' if finished else 'more to do'}, {time.monotonic() - start:.0f} s\n", flush=True
-        )
+        said = outcome if FAILED in outcome else "done" if finished else "more to do"
+        print(f"-- {piece.name}: {said}, {time.monotonic() - start:.0f} s\n", flush=True)
         if finished:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.state.write_text(json.dumps(self.done() | {piece.name: commit()}, indent=1) + "\n")
+            self.state.write_text(json.dumps(self.done() | {piece.name: outcome}, indent=1) + "\n")
         return finished
 
 
@@ -211,8 +241,17 @@ def _call_times(step: Callable[[], object], repeats: int) -> tuple[float, float]
     return times[0], times[1]
 
 
+def _missing_for_launchers() -> str | None:
+    """What Triton lacks here to compile with."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "C compiler: install gcc or name one in CC"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python.h: install Python's headers (python3-dev)"
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the programme or a piece of it; 1 if a result is wrong, 3 if a piece has more to do."""
+    """Run the programme or a piece of it; 1 if a result is wrong or tests failed, 3 if a piece has more to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--list", action="store_true", help="list the pieces, with those done, and end")
@@ -230,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not args.smoke and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --smoke tries the programme on the CPU")
+    if not args.smoke and (missing := _missing_for_launchers()):
+        parser.error(f"Triton compiles the launcher of each kernel when it is first run, and there is no {missing}")
     if args.piece is not None and not 0 <= args.piece < len(pieces):
         parser.error(f"--piece must be from 0 to {len(pieces) - 1}; --list shows them")
     chosen = [p for p in pieces if p.name not in done] if args.piece is None else [pieces[args.piece]]
@@ -241,11 +282,14 @@ def main(argv: list[str] | None = None) -> int:
             finished = programme.call(piece)
             while not finished and args.piece is None:
                 finished = programme.call(piece)
-    except (GateError, subprocess.TimeoutExpired) as error:
+    except GateError as error:
         print(f"gate failed: {error}", file=sys.stderr)
         return 1
     print(f"results in {folder}" + ("" if finished else "; the piece has more to do: start it again"))
-    return 0 if finished else 3
+    failed = {name: outcome for name, outcome in programme.done().items() if FAILED in outcome}
+    for name, outcome in failed.items():
+        print(f"{name}: {outcome}", file=sys.stderr)
+    return 3 if not finished else 1 if failed else 0
 
 
 if __name__ == "__main__":

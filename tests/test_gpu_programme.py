@@ -23,7 +23,7 @@ def test_list_names_every_piece_once_gates_first(capsys, tmp_path):
     names = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()]
     assert len(set(names)) == len(names) and names[0].startswith("gate")
     kinds = [name.split(":")[0].split()[0] for name in names]
-    assert list(dict.fromkeys(kinds)) == ["gate", "card", "operator", "kernels", "models"]
+    assert list(dict.fromkeys(kinds)) == ["gate", "tests", "card", "operator", "kernels", "models"]
 
 
 def pieces(monkeypatch, calls, **results):
@@ -55,6 +55,15 @@ def test_a_wrong_result_ends_the_programme_and_a_later_call_goes_on(monkeypatch,
     assert main([*command, "--piece", "0"]) == 0 and calls[5:] == ["a"]
     with pytest.raises(SystemExit):
         main([*command, "--piece", "3"])
+
+
+def test_tests_that_fail_are_told_at_every_end_and_run_again_only_if_asked(monkeypatch, tmp_path, capsys):
+    calls, command = [], ["--smoke", "--out", str(tmp_path)]
+    pieces(monkeypatch, calls, a=[gpu_programme.TestsFailed("two of them"), True], b=[True])
+    for _ in range(2):
+        assert main(command) == 1
+        assert calls == ["a", "b"] and "failed: two of them" in capsys.readouterr().err
+    assert main([*command, "--piece", "0"]) == 0 == main(command)
 
 
 def test_a_single_piece_that_is_not_done_says_so(monkeypatch, tmp_path):

@@ -246,7 +246,12 @@ def test_trains_as_the_reference_does(variant):
 
 @pytest.mark.slow
 def test_fma2d_nano_trains_as_with_the_reference(monkeypatch):
-    """30 steps on an image of 9 x 2 tokens, three cells, so that the first stage has a coarse level: losses to 1e-5."""
+    """30 steps on an image of 9 x 2 tokens, three cells, so that the first stage has a coarse level: losses to 1e-5.
+
+    Convolutions in TF32, which is PyTorch's default, would round the backends' last bits apart from step to step.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     size = (36, 8)
     assert fma2d.num_levels((9, 2), 4) == 1
     if INTERPRETED:  # where a few large tiles take half the time
@@ -268,7 +273,7 @@ def test_fma2d_nano_trains_as_with_the_reference(monkeypatch):
 
     expected = losses("reference")
     assert expected[-1] < 0.5 * expected[0]
-    assert losses("triton") == pytest.approx(expected, rel=1e-5)
+    assert losses("triton") == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", SMALL)
