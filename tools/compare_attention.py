@@ -4,8 +4,8 @@ The layers: Fast Multipole Attention, linear, log-linear, and linear with mean a
 (Swin's, shifted in every second block); spatial reduction (MiT's); full attention. All get the same blocks, steps and
 batches, and parameters within 3 % (the width of the Mix-FFN is adapted).
 
-    python tools/compare_attention.py                # small form: digits and generated scenes, 2 seeds
-    python tools/compare_attention.py --form large   # generated long-range tasks: look afar, dashed paths; 3 seeds
+    python tools/compare_attention.py                # small form: digits and generated scenes
+    python tools/compare_attention.py --form large   # generated long-range tasks: look afar, dashed paths
     python tools/compare_attention.py --sweep        # cell size and rank: score, and the operator's time and memory
     python tools/compare_attention.py --report       # tables, figures and docs/quality.md from the files, no training
 
@@ -35,7 +35,8 @@ from tools.quality import report, runs
 from tools.quality.model import VARIANTS, matched_ratio
 from tools.quality.tasks import TASKS
 
-FORMS = dict(small=(("digits", "scenes"), (0, 1)), large=(("look_afar", "dashed_64", "dashed_128"), (0, 1, 2)))
+FORMS = dict(small=("digits", "scenes"), large=("look_afar", "dashed_64", "dashed_128"))
+SEEDS = (0, 1)
 SWEEP_TASK = "look_afar"
 NOT_RUN = "*Not run yet: there is no such row in `benchmarks/results`.*"
 PAGE = ROOT / "docs" / "quality.md"
@@ -46,10 +47,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; what is not given follows from the form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--form", choices=FORMS, default="small", help="which tasks and seeds, where they are not given (small)")
+    add("--form", choices=FORMS, default="small", help="which tasks, where none are given (small)")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
     add("--variants", nargs="+", choices=VARIANTS, metavar="LAYER", help=f"of {', '.join(VARIANTS)} (all)")
-    add("--seeds", nargs="+", type=int, help="(0 1; in the large form 0 1 2; in a sweep 0)")
+    add("--seeds", nargs="+", type=int, help="(0 1; in a sweep 0)")
     add("--steps", type=int, help="of a run, a multiple of 10 (each task's own)")
     add("--sweep", action="store_true", help=f"cell sizes and ranks of linear and log-linear FMA, on {SWEEP_TASK}")
     add("--cell-size", type=int, nargs="+", help="of a sweep, in all stages (1 2 4)")
@@ -74,8 +75,8 @@ def plan(args: argparse.Namespace) -> list[runs.Run]:
     Raises:
         InputError: for a comparison that would say nothing, see `tools.quality.model.levels` and `matched_ratio`.
     """
-    names, seeds = FORMS[args.form]
-    names, seeds = args.tasks or ([SWEEP_TASK] if args.sweep else names), args.seeds or ([0] if args.sweep else seeds)
+    names = args.tasks or ([SWEEP_TASK] if args.sweep else FORMS[args.form])
+    seeds = args.seeds or ([0] if args.sweep else SEEDS)
     variants = args.variants or (report.SWEEP_VARIANTS if args.sweep else VARIANTS)
     cells = args.cell_size or ([1, 2, 4] if args.sweep else [None])
     ranks = args.rank or ([1, 4] if args.sweep else [None])
