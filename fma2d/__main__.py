@@ -60,12 +60,14 @@ def devices():
 
 
 def backend_line(backend, device):
-    """One line: whether the backend can run for a small float32 image on the device."""
+    """One line: whether the backend runs, with a far field, on a small float32 image on the device."""
     try:
         q = torch.zeros(1, 1, 16, 16, 16, device=device)  # [B, heads, H, W, head_dim]
-        reason = fma2d.why_not(backend, q, cell_size=8, rank=4)
-    except RuntimeError as error:  # a device that is listed but does not work, as with a driver that does not fit
-        reason = str(error).splitlines()[0]
+        if (reason := fma2d.why_not(backend, q)) is None:
+            out = fma2d.multipole_attention(q, q, q, [], [], query_kernels=[], cell_size=2, rank=4, backend=backend)
+            out.cpu()  # what fails on a GPU fails when the result is asked for
+    except Exception as error:  # whatever a device that does not work raises, as with a driver that does not fit
+        reason = (str(error) or type(error).__name__).splitlines()[0]
     return "runs" if reason is None else f"does not run: {reason}"
 
 

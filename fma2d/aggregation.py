@@ -50,20 +50,22 @@ def start_kernels(
     Raises:
         TypeError, ValueError: for a size that is no integer or below 1, bins that do not divide `s_l`.
     """
-    sizes = dict(level=level, cell_size=cell_size, rank=rank, heads=heads, head_dim=head_dim)
+    sizes = dict(level=level, cell_size=cell_size, rank=rank, ndim=ndim, heads=heads, head_dim=head_dim)
     for name, value in sizes.items():
         check_positive(name, value)
-    if ndim not in (1, 2, 3):
+    if ndim > 3:
         raise ValueError(f"ndim must be 1, 2 or 3, got {ndim}")
     side, parts = cell_side(level, cell_size), tiling(rank, ndim)
     if bins is None:
         bins = side if any(cell_size % p for p in parts) else cell_size
-    if bins < 1 or side % bins:
+    check_positive("bins", bins)
+    if side % bins:
         raise ValueError(f"bins must divide the level's cell side {side}, got {bins}")
+    device = torch.get_default_device() if device is None else device
     kernels = []
-    for axis, k in enumerate(torch.cartesian_prod(*map(torch.arange, parts)).reshape(rank, ndim).T):
-        share = torch.tensor(subcell_overlaps(bins, parts[axis]), dtype=torch.float64) / bins
-        kernel = share[k].to(dtype=dtype, device=device)
+    for axis, k in enumerate(zip(*product(*map(range, parts)), strict=True)):
+        share = torch.tensor(subcell_overlaps(bins, parts[axis]), dtype=torch.float64, device="cpu") / bins
+        kernel = share[list(k)].to(dtype=dtype, device=device)
         kernels.append(kernel[:, None, None, :].expand(rank, heads, head_dim, bins).contiguous())
     return kernels
 
@@ -83,15 +85,16 @@ def log_counts(
 ) -> Tensor:
     """`log n(C, k)` of every summary token of a level, `absent` where it speaks for no token: `[B | 1, *lattice]`."""
     side, parts = cell_side(level, cell_size), tiling(rank, len(grid))
+    wide = torch.float32 if like.device.type == "mps" else torch.float64  # which MPS lacks
     if mask is None:
-        count = torch.ones(1, dtype=torch.float64, device=like.device)
+        count = torch.ones(1, dtype=wide, device=like.device)
         for extent, p in zip(grid, parts, strict=True):
-            axis = torch.tensor(subcell_counts(extent, side, p), dtype=torch.float64, device=like.device)
+            axis = torch.tensor(subcell_counts(extent, side, p), dtype=wide, device=like.device)
             count = count[..., None] * axis
     else:
-        count = mask.double()
+        count = mask.to(wide)
         for axis, (extent, p) in enumerate(zip(grid, parts, strict=True), 1):
-            overlaps = torch.tensor(subcell_overlaps(side, p), dtype=torch.float64, device=like.device)
+            overlaps = torch.tensor(subcell_overlaps(side, p), dtype=wide, device=like.device)
             cells = F.pad(count.movedim(axis, -1), (0, -extent % side)).unflatten(-1, (-1, side))
             count = (cells @ overlaps.T).flatten(-2).movedim(-1, axis)
     # Counts are integers in units of 1 / rank tokens.

@@ -120,6 +120,7 @@ class FMA2DBackbone(nn.Module):
         super().__init__()
         if len(dims) != len(depths):
             raise ValueError(f"dims and depths must have a value per stage each, got {dims} and {depths}")
+        _check_pooling(num_classes, global_pool)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)]
         given = dict(
@@ -142,6 +143,8 @@ class FMA2DBackbone(nn.Module):
             settings["export_levels"] = grid_levels
         self.img_size, self.export_size = img_size if levels is None else None, img_size
         head_dims, mlp_ratios = self._per_stage("head_dim", head_dim), self._per_stage("mlp_ratio", mlp_ratio)
+        for size in head_dims:
+            check_positive("head_dim", size)
         drop_paths = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
 
         dd = dict(device=device, dtype=dtype)
@@ -253,6 +256,7 @@ class FMA2DBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        _check_pooling(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         like = self.stages[0].norm.weight
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
@@ -326,6 +330,11 @@ class FMA2DBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _check_pooling(num_classes: int, global_pool: str) -> None:
+    if num_classes and not global_pool:
+        raise ValueError(f"a classifier needs a global_pool, got {global_pool!r}; without one num_classes must be 0")
 
 
 def _init_weights(module: nn.Module) -> None:

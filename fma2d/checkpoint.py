@@ -42,14 +42,14 @@ def _is_first_process() -> bool:
 
 def resample_bins(bins: int, new_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """`[new_bins, bins]`: integrates a kernel's density over other bins; columns sum to 1."""
-    return torch.tensor(subcell_overlaps(bins, new_bins), dtype=dtype) / new_bins
+    return torch.tensor(subcell_overlaps(bins, new_bins), dtype=dtype, device="cpu") / new_bins
 
 
 def share_parts(rank: int, new_rank: int, ndim: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """`[new_rank, rank]`: of each new sub-cell, the share that lies in each old one; rows sum to 1."""
-    share = torch.ones(1, 1, dtype=dtype)
+    share = torch.ones(1, 1, dtype=dtype, device="cpu")
     for old, new in zip(tiling(rank, ndim), tiling(new_rank, ndim), strict=True):
-        share = torch.kron(share, torch.tensor(subcell_overlaps(old, new), dtype=dtype) / old)
+        share = torch.kron(share, torch.tensor(subcell_overlaps(old, new), dtype=dtype, device="cpu") / old)
     return share
 
 
@@ -90,7 +90,8 @@ def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]
         return min(range(levels), key=lambda i: (abs(log2(bins) + i - size), i))
 
     sources = [nearest(level) for level in range(new_levels)]
-    kernels = stored[sources].to(torch.float64)
+    device = "cpu" if stored.device.type == "mps" else stored.device  # MPS has no float64
+    kernels = stored[sources].to(device, torch.float64)
     if unused := sorted(set(range(levels)) - set(sources)):
         notes["dropped"] = f"levels {', '.join(str(i + 1) for i in unused)} of the file"
     if sources != list(range(levels)) or bins != new_bins or rank != new_rank:
@@ -101,7 +102,7 @@ def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]
     if rank != new_rank:
         share = share_parts(rank, new_rank, axes).to(kernels.device)
         kernels = torch.einsum("np,lkaphcb->lkanhcb", share, kernels)
-    kernels = kernels.expand(-1, -1, -1, -1, new_heads, -1, -1)[:, :new_kinds].to(stored.dtype)
+    kernels = kernels.expand(-1, -1, -1, -1, new_heads, -1, -1)[:, :new_kinds].to(stored)
     if kinds > new_kinds:
         notes["dropped"] = ", ".join(filter(None, (notes.get("dropped"), "query kernels")))
     elif kinds < new_kinds:
@@ -238,8 +239,8 @@ def _some(kind: str, names: list[str], most: int = 3) -> str:
 def report_loads(model: nn.Module) -> None:
     """Have every load of the model's weights, by whatever road, say in one line what it did.
 
-    Weights misshapen are an error at once, as of `check_state_dict`: torch raises for them in the end only and mmengine
-    not at all, after they were counted as matched.
+    Misshapen weights are refused before anything is loaded: torch would raise only after the report had counted them as
+    matched, and mmengine never.
     """
     model._register_load_state_dict_pre_hook(_begin_load, with_module=True)
     model.register_load_state_dict_post_hook(_report_load)

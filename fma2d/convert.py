@@ -138,7 +138,7 @@ def convert_attention(
 
     Raises:
         TypeError: if it is not a VisionTransformer of timm.
-        ValueError: if its blocks, their attention or its options are none that this can stand for; nothing is changed.
+        ValueError: if its blocks, attention or options cannot be replaced; the model is then unchanged.
     """
     if not isinstance(model, VisionTransformer):
         hint = "; convert its .model" if isinstance(getattr(model, "model", None), VisionTransformer) else ""

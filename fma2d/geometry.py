@@ -42,7 +42,7 @@ def num_levels(grid: Grid, cell_size: int) -> int:
     """
     check_grid(grid, cell_size)
     base_cells = max(-(-extent // cell_size) for extent in grid)
-    return max(0, (base_cells - 1).bit_length() - 1)
+    return max(0, (int(base_cells) - 1).bit_length() - 1)
 
 
 def cell_side(level: int, cell_size: int) -> int:

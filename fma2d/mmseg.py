@@ -92,12 +92,16 @@ class FMA2D(FMA2DBackbone, BaseModule):
                 raise ValueError(f"arch must be one of {', '.join(ARCHS)} or a dict, got {arch!r}")
             arch = ARCHS[arch]
         stages = len(arch["dims"])
+        if not isinstance(out_indices, Sequence):
+            raise TypeError(f"out_indices must be a sequence of stages, got {out_indices!r}")
         taken = [i + stages if i < 0 else i for i in out_indices]
         if not taken or taken != sorted(set(taken) & set(range(stages))):
             raise ValueError(
                 f"out_indices must be rising numbers of the {stages} stages, each once, got {tuple(out_indices)}"
             )
-        if idle := sorted({"drop_rate", "global_pool"} & settings.keys()):
+        if "in_chans" in settings:
+            raise TypeError("in_chans cannot be given: here it is called in_channels")
+        if idle := sorted({"drop_rate", "global_pool", "num_classes"} & settings.keys()):
             raise TypeError(f"{', '.join(idle)} cannot be given: there is no classifier")
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f"frozen_stages must be from -1 to {stages}, got {frozen_stages}")
@@ -215,7 +219,7 @@ def load_from_safetensors(filename: str, map_location: str | None = None) -> dic
 
 
 def load_tensors(filename: str, map_location: str):
-    """A file of torch.save without what could run code, which mmengine falls back to load; its log's history may be."""
+    """A file of torch.save under `weights_only=True`, where mmengine would run its code; a log's history is allowed."""
     allowed = [*getattr(runner_checkpoint, "get_torch_safe_globals", list)(), HistoryBuffer]
     safe_globals = getattr(torch.serialization, "safe_globals", lambda _: nullcontext())  # from torch 2.5 on
     with safe_globals(allowed):
@@ -273,8 +277,8 @@ def load_model(model: nn.Module, filename: str) -> None:
 class PlainCheckpoints(Hook):
     """Has mmengine write checkpoints that load under `weights_only=True` and tell the model's settings.
 
-    What is of numpy is turned into Python's own types, the log's history into tensors; `--resume` with this hook turns
-    the history back, and without it leaves it out. `meta["fma2d"]` holds what the metadata of `save_checkpoint` does.
+    numpy's values become Python's own types and the log's history tensors; resuming with this hook restores the
+    history, without it the history is dropped. `meta["fma2d"]` holds what the metadata of `save_checkpoint` does.
     """
 
     priority = "LOWEST"  # comes after the hooks that add something

@@ -146,7 +146,7 @@ def _check_file(state_dict: dict[str, Tensor], model: FMA2DBackbone, has_head: b
     """Check a file before timm adapts it to another number of channels or classes and loads what is left."""
     check_state_dict(model, state_dict, optional=r"head\.", shapes=False)
     stored, expected = state_dict.get("head.fc.weight"), model.pretrained_cfg["num_classes"]
-    if has_head and stored is not None and model.num_classes != expected:
+    if has_head and stored is not None and model.num_classes not in (0, expected):
         logger.warning(
             "the file's classifier (%d classes) is dropped: the model has %d classes, its pretrained_cfg %d; to keep a "
             "classifier that fits, give num_classes in pretrained_cfg_overlay too",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .aggregation import start_kernels
 from .checkpoint import adapt_kernels, report_layer
 from .geometry import check_positive, tiling
-from .ops import exportable, multipole_attention
+from .ops import BACKENDS, exportable, multipole_attention
 
 if TYPE_CHECKING:
     from .text.cache import Cache
@@ -52,7 +52,11 @@ class _FMA(nn.Module):
             check_positive(name, value)
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
-        for name, value, known in (("variant", variant, VARIANTS), ("aggregation", aggregation, AGGREGATIONS)):
+        for name, value, known in (
+            ("variant", variant, VARIANTS),
+            ("aggregation", aggregation, AGGREGATIONS),
+            ("backend", backend, ("auto", *BACKENDS)),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if causal and variant == "linear":
@@ -74,7 +78,7 @@ class _FMA(nn.Module):
         """Raise TypeError or ValueError for settings that this module cannot have."""
         for name, value in (("cell_size", cell_size), ("rank", rank)):
             check_positive(name, value)
-        if not isinstance(levels, int) or levels < 0:
+        if not isinstance(levels, int) or isinstance(levels, bool) or levels < 0:
             raise ValueError(f"levels must be an integer of at least 0, got {levels!r}")
         parts = tiling(rank, self.ndim)
         if self.aggregation == "learned" and any(cell_size % p for p in parts):
@@ -166,7 +170,8 @@ class _FMA(nn.Module):
                 self.load_notes["dropped"] = f"{stored.shape[0]} learned levels"
         elif stored is None or stored.shape[0] == 0:
             if any(key.startswith(prefix) for key in state_dict):  # else nothing of this layer is loaded
-                state_dict[name] = self.start_kernels()
+                like = state_dict.get(prefix + "qkv.weight", self.qkv.weight)  # with `assign` it takes their place
+                state_dict[name] = self.start_kernels(like.device, like.dtype)
                 self.load_notes["initialised"] = "all kernels"
         else:
             try:
@@ -323,4 +328,6 @@ class FMA1d(_FMA):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
         if cache is None:
             return super().attend(q, k, v, key_mask)
+        if not self.causal:
+            raise ValueError("a cache is for causal modules: in others, later tokens change earlier outputs")
         return cache.extend(q, k, v, key_mask, super().attend)

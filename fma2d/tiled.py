@@ -65,7 +65,7 @@ def head_part(head: nn.Module, features: Sequence[Tensor], parts: Sequence[Range
 
 
 def smallest_integer(classes: int) -> torch.dtype:
-    """That counts so many classes."""
+    """The smallest dtype that holds the indices of so many classes."""
     return torch.uint8 if classes <= 256 else torch.int16
 
 

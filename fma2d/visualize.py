@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@torch.inference_mode(False)  # its gradient is needed
 def attention_map(module: FMA2d | FMA1d, x: Tensor, token: tuple[int, ...], key_mask: Tensor | None = None) -> Tensor:
     """How much the query at `token` attends to each token, the same with any backend, in linear memory.
 
@@ -46,6 +47,7 @@ def attention_map(module: FMA2d | FMA1d, x: Tensor, token: tuple[int, ...], key_
     return grad[..., 0]
 
 
+@torch.inference_mode(False)
 def model_attention_map(model: nn.Module, image: Tensor, stage: int, block: int, point: tuple[int, int]) -> Tensor:
     """The attention map of the token at a point of an image, in one block of a backbone.
 

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fma2d
 from fma2d import layers
@@ -25,6 +26,25 @@ def test_sizes_match_swin(name, millions, kernel_millions):
     kernels = sum(size for n, size in sizes.items() if n.endswith("kernels"))
     assert abs((sum(sizes.values()) - kernels) / 1e6 - millions) <= 0.05 * millions
     assert abs(kernels / 1e6 - kernel_millions) < 0.01
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_forward_changes_no_layout(memory_format):
+    """Tokens stay channels last from the patch embedding to the features: nothing is copied around the attention."""
+
+    found = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+                found.append((func, tuple(args[0].shape)))
+            return func(*args, **(kwargs or {}))
+
+    model = timm.create_model("fma2d_nano", features_only=True).eval().to(memory_format=memory_format)
+    image = torch.randn(1, 3, 128, 160).to(memory_format=memory_format)
+    with torch.no_grad(), Copies():  # inference mode would hide what composite operations do
+        model(image)
+    assert found == []
 
 
 @pytest.mark.parametrize("size", [(224, 224), (512, 683), (97, 33), (32, 32), (4, 260)])

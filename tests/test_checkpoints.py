@@ -205,6 +205,9 @@ def test_another_classifier_or_input_is_adapted_and_said(files, source, caplog):
     text = " ".join(r.message for r in caplog.records)
     assert "classifier (4 classes) is dropped: the model has 7 classes, its pretrained_cfg 1000" in text
     assert "2 missing: head.fc.weight, head.fc.bias" in text
+    caplog.clear()
+    create(num_classes=0, pretrained=True, pretrained_cfg_overlay=dict(file=f"{files}/bare.pth"))
+    assert "is dropped" not in " ".join(r.message for r in caplog.records)  # as it was asked for
 
 
 def test_inside_another_module_only_its_own_keys_are_counted(source, caplog):

@@ -4,6 +4,7 @@ from fractions import Fraction
 from itertools import product
 from math import ceil, log2, prod
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,6 +173,7 @@ def test_cover_refuses_by_name(grid, cell_size, token, causal, name):
             num_levels(grid, cell_size)
     with pytest.raises(TypeError, match=r"^grid\b"):
         num_levels((13.0,), 8)
+    assert num_levels((np.int64(50), 7), 8) == num_levels((50, 7), 8) == 2
 
 
 @pytest.mark.parametrize(

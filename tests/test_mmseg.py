@@ -293,12 +293,14 @@ def test_settings_of_the_backbone():
     assert model.num_features == 24
     model = FMA2D(SMALL, out_indices=(-3, 3))
     assert model.out_indices == (1, 3) and [len(f[0]) for f in model(torch.randn(1, 3, 64, 64))] == [16, 32]
-    for idle in ("cel_size", "drop_rate", "global_pool"):
+    for idle in ("cel_size", "drop_rate", "global_pool", "num_classes", "in_chans"):
         with pytest.raises(TypeError, match=idle):
             FMA2D("nano", **{idle: 0})
     for bad in ((), (2, 1), (1, 1), (-1, 3), (4,), (-5, 0)):
         with pytest.raises(ValueError, match="out_indices"):
             FMA2D("nano", out_indices=bad)
+    with pytest.raises(TypeError, match="out_indices"):
+        FMA2D("nano", out_indices=2)
     for bad in (dict(arch="huge"), dict(frozen_stages=5)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             FMA2D(**(dict(arch="nano") | bad))

@@ -64,6 +64,8 @@ def test_fma1d_is_causal_and_honours_its_mask():
         (dict(rank=0), "rank"),
         (dict(rank=9), "rank"),
         (dict(levels=-1), "levels"),
+        (dict(levels=True), "levels"),
+        (dict(backend="cuda"), "backend"),
         (dict(variant="quadratic"), "variant"),
         (dict(aggregation="max"), "aggregation"),
     ],
@@ -162,6 +164,9 @@ def test_no_learned_level_on_either_side_is_no_missing_key():
     assert load(target, none) == {"initialised": "all kernels"}
     start = torch.stack(start_kernels(1, 8, 4, 2, 2, 8)) * 8
     assert torch.equal(target.kernels, start.expand_as(target.kernels))
+    # With `assign`, new kernels are in the dtype, and on the device, of what was loaded.
+    target.load_state_dict(none.to(torch.bfloat16).state_dict(), assign=True)
+    assert {p.dtype for p in target.parameters()} == {torch.bfloat16}
 
 
 def test_kernels_that_cannot_be_carried_over_are_an_error():

@@ -109,6 +109,16 @@ def test_doctor_says_how_to_get_what_is_missing(monkeypatch, capsys):
     assert re.search(r"^mmcv +missing: .*pip install --no-deps mmcv-lite", report, re.M)
 
 
+def test_doctor_runs_what_it_says_runs(monkeypatch):
+    """It asked `why_not` alone, which does not know what a device cannot do."""
+
+    def fail(*_, **__):
+        raise TypeError("this device has no float64\nand more lines")
+
+    monkeypatch.setattr(fma2d, "multipole_attention", fail)
+    assert command_line.backend_line("torch", "cpu") == "does not run: this device has no float64"
+
+
 def test_doctor_warns_of_two_distributions_over_the_same_files(monkeypatch):
     monkeypatch.setattr(command_line, "installed_version", lambda distribution: "1.0")
     assert "both provide mmengine" in command_line.package_line("mmengine")

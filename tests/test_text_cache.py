@@ -130,6 +130,15 @@ def test_entries_grow_with_the_logarithm(cell_size, rank):
     assert long.entries() <= 3 * cell_size + 4 * rank * 14
 
 
+def test_no_tokens_may_follow_and_a_layer_that_looks_ahead_has_no_cache():
+    layer = make_layer()
+    cache, x = MultipoleCache.of(layer), torch.randn(1, 9, 8, dtype=torch.float64)
+    layer(x, cache=cache)
+    assert layer(x[:, :0], cache=cache).shape == (1, 0, 8) and cache.longest == 9
+    with pytest.raises(ValueError, match="causal"):
+        FMA1d(8, 2, 4, 2, levels=2).double()(x, cache=MultipoleCache.of(layer))
+
+
 def test_a_full_cache_holds_every_token():
     model = CausalLM(11, 8, 1, 2, attention="full")
     (cache,) = caches = model.new_cache()

@@ -70,6 +70,7 @@ def test_drawing_follows_the_probabilities_and_is_repeatable():
         ({}, [0.1, 0.5, 0.25, 0.15]),
         (dict(temperature=0.5), [0.029, 0.725, 0.181, 0.065]),
         (dict(temperature=0), [0, 1.0, 0, 0]),
+        (dict(temperature=1e-39), [0, 1.0, 0, 0]),
         (dict(top_k=2), [0, 2 / 3, 1 / 3, 0]),
         (dict(top_k=9), [0.1, 0.5, 0.25, 0.15]),
         (dict(top_p=0.7), [0, 2 / 3, 1 / 3, 0]),

@@ -47,6 +47,13 @@ def test_attention_map_is_the_references(name, masked, backend):
         assert mask is None or (found.movedim(1, 0)[:, ~mask] == 0).all()
 
 
+def test_maps_can_be_drawn_in_inference_mode():
+    model = timm.create_model("fma2d_nano", img_size=64).eval()
+    with torch.inference_mode():
+        found = model_attention_map(model, torch.randn(1, 3, 64, 64), 0, 1, (20, 40))
+    torch.testing.assert_close(found.sum((-1, -2)), torch.ones(1, 1))
+
+
 def test_attention_map_in_half_precision_is_made_in_float32():
     module = FMA2d(8, 2, cell_size=2, levels=1).to(torch.bfloat16)
     found = attention_map(module, torch.randn(1, 16, 16, 8, dtype=torch.bfloat16), (3, 9))

@@ -79,7 +79,7 @@ class Cache(ABC):
                 outs.append(self._step(*(x[:, :, t : t + 1] for x in (q, k, v))))
             self.lengths = self.lengths + (1 if key_mask is None else key_mask[:, t])
             self.longest = self.longest + 1 if key_mask is None else int(self.lengths.max())
-        return torch.cat(outs, 2)
+        return torch.cat([q[:, :, :0], *outs], 2)
 
     @abstractmethod
     def entries(self) -> int:

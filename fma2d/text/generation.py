@@ -72,7 +72,8 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, ids = (logits.float() / temperature).sort(descending=True, stable=True)
+    logits = logits.float() - logits.amax(-1, keepdim=True)  # so that none becomes infinite
+    logits, ids = (logits / temperature).sort(descending=True, stable=True)
     if top_k is not None:
         logits, ids = logits[:, :top_k], ids[:, :top_k]
     probabilities = logits.softmax(-1)

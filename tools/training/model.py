@@ -20,7 +20,7 @@ from .checkpoints import load_weights
 from .recipe import Recipe
 
 # What `attention` may be other than fma: an `attn_layer`.
-ATTENTION = dict(dense=lambda dim, num_heads, stage, block: DenseAttention(dim, num_heads), mit=mit_attention)
+OTHER_ATTENTION = dict(dense=lambda dim, num_heads, stage, block: DenseAttention(dim, num_heads), mit=mit_attention)
 
 
 def no_model(name: str) -> str:
@@ -45,7 +45,7 @@ def build_model(
     if attention != "fma":
         if not name.startswith("fma2d_"):
             raise InputError(f"attention {attention} can be chosen for fma2d_* models only, not for {name}")
-        kwargs["attn_layer"] = ATTENTION[attention]
+        kwargs["attn_layer"] = OTHER_ATTENTION[attention]
     if taken := [key for key in ("num_classes", "in_chans", "attn_layer", *rates) if key in model_kwargs]:
         raise InputError(f"model_kwargs {', '.join(taken)} have keys of their own in a recipe")
     try:
