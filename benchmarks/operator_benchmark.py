@@ -197,7 +197,7 @@ def table(rows: list[dict]) -> str:
                 line += ["-", "-"]
             line += [f"{bound:.1f}" if bound else "-", f"{ratio / bound:.2f}" if bound and ratio else "-"]
             lines.append([*line, _bytes_per_token(row), _bytes_per_token(peer)])
-    header = ["tokens", "mode", "name", "variant", "ms", f"{DENSE} ms", "faster", "FLOP bound", "of it", "B/token"]
+    header = ["tokens", "mode", "name", "variant", "ms", f"{DENSE} ms", "faster", "bound", "of it", "B/token"]
     return "\n".join([text_table([*header, f"{DENSE} B/token"], lines), *notes])
 
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import random
+import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ from training_cases import images as images
 from training_cases import recipe_file as recipe_file
 
 from tools import make_digits, train_classifier, validate
-from tools.ending import InputError
+from tools.ending import InputError, ending
 from tools.training.checkpoints import load_state, read_metadata
 from tools.training.data import EvalBatches, ImageFolder, TrainBatches, list_images, make_loader, train_transform
 from tools.training.engine import Processes, Training
@@ -222,3 +223,17 @@ def test_digits_are_a_folder_of_images(tmp_path):
     with Image.open(val[0][0]) as image:
         assert (image.size, image.mode) == ((32, 32), "L")
     assert make_digits.main(["--out", str(tmp_path / "digits")]) == 1
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert make_digits.main(["--out", str(tmp_path / "digits")]) == 1
+    assert capsys.readouterr().err == "error: scikit-learn is not installed: pip install scikit-learn\n"
+    monkeypatch.setitem(sys.modules, "tools.training.data", None)
+
+    @ending()
+    def broken(argv):
+        import tools.training.data  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError):  # a bug of ours keeps its traceback
+        broken()

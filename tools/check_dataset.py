@@ -53,7 +53,7 @@ def check_split(dataset_cfg: dict, name: str, sample: int | None = None, progres
     if missing := [folder for folder in folders if not folder.is_dir()]:
         report.problems.append(
             f"there is no folder {' and no '.join(map(str, missing))}; docs/segmentation.md says what belongs there; "
-            "--cfg-options SPLIT_dataloader.dataset.data_root=FOLDER names another place"
+            f"--cfg-options {name}_dataloader.dataset.data_root=FOLDER names another place"
         )
         return report
     images, annotations = (

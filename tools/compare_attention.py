@@ -15,7 +15,7 @@ The tasks are small, and but for the digits generated: what is learned on them s
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -107,6 +107,8 @@ def train(planned: Sequence[runs.Run], output: Path, results: Path, curves: Path
     done = {runs.key_of(row) for row in runs.read_rows(results, runs.COLUMNS)}
     missing = [run for run in planned if run.key not in done]
     print(f"{len(planned)} runs, {len(planned) - len(missing)} of them in {results}")
+    if not missing:
+        return
     commit()  # cached: what is written later is of the code that runs now
     with tqdm(total=sum(run.steps for run in missing), unit="step", dynamic_ncols=True, mininterval=5) as bar:
         for i, run in enumerate(missing, 1):
@@ -161,31 +163,32 @@ class Recorded:
         return report.fill_page(page, pieces)
 
 
-def write_reports(recorded: Recorded, figures: Path) -> None:
-    """Print the tables, draw the figures."""
-    for task in TASKS:
+def write_reports(recorded: Recorded, figures: Path, tasks: Collection[str], sweep: bool) -> None:
+    """Print the tables of tasks, and of the sweep and the approximation if asked; draw their figures."""
+    for task in tasks:
         if own := report.compared(recorded.rows, task):
             print(f"\n{TASKS[task].what}\n\n{report.plain(report.comparison(own, task))}\n\n{report.origin(own)}")
             print(report.save(report.curves_figure(recorded.points, task), figures / f"quality_{task}.png"))
-    if recorded.sweep or recorded.costs:
+    if sweep and (recorded.sweep or recorded.costs):
         print(f"\ncell size and rank\n\n{report.plain(report.sweep_table(recorded.sweep, recorded.costs))}")
         print(report.save(report.sweep_figure(recorded.sweep, recorded.costs), figures / "quality_sweep.png"))
-    if recorded.swapped:
+    if sweep and recorded.swapped:
         print(report.save(approximation.draw(recorded.swapped), figures / "quality_approximation.png"))
 
 
 @ending(GateError, interrupted=GOES_ON)
 def main(argv: list[str] | None = None) -> None:
     """Make what is missing and report."""
-    args = parse(argv)
+    args, tasks = parse(argv), TASKS
     if not args.report:
         planned = plan(args)
         train(planned, args.output, args.results / "quality.csv", args.results / "quality_curves.csv")
+        tasks = [] if args.sweep else dict.fromkeys(run.task for run in planned)
         if args.sweep and args.side:
             measure_operator(planned, args.side, args.results / "quality_operator.csv")
     own = args.results.resolve() == ROOT / "benchmarks" / "results"
     recorded = Recorded(args.results)
-    write_reports(recorded, FIGURES if own else args.results)
+    write_reports(recorded, FIGURES if own else args.results, tasks, args.sweep or args.report)
     if own:
         PAGE.write_text(recorded.fill(PAGE.read_text()))
 

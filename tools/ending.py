@@ -7,6 +7,8 @@ from collections.abc import Callable
 from benchmarks.records import RecordsError
 
 GOES_ON = "interrupted; the same command goes on where it stopped"
+OURS = ("benchmarks", "fma2d", "tools")
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where the name is another than that of the import
 
 
 class InputError(Exception):
@@ -15,6 +17,8 @@ class InputError(Exception):
 
 def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callable[[Callable], Callable[..., int]]:
     """Decorate a tool's `main`: its status is what it returns, 1 for an error that the user can act on, 130 for Ctrl-C.
+
+    An error that the user can act on is also a package that is imported in `main` and not installed.
 
     Args:
         errors: whose message is all that is said, as that of `InputError` and `RecordsError`; others are bugs, with
@@ -29,6 +33,13 @@ def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callab
                 return main(argv) or 0
             except (InputError, RecordsError, *errors) as error:
                 print(f"error: {error}", file=sys.stderr)
+                return 1
+            except ModuleNotFoundError as error:
+                package = error.name.partition(".")[0]
+                if package in OURS:
+                    raise
+                distribution = DISTRIBUTIONS.get(package, package)
+                print(f"error: {distribution} is not installed: pip install {distribution}", file=sys.stderr)
                 return 1
             except KeyboardInterrupt:
                 print(f"\n{interrupted}", file=sys.stderr)

@@ -73,6 +73,8 @@ def read_model(path: Path, device: str) -> CausalLM:
     """The model of a checkpoint; InputError unless it is a causal one over bytes."""
     try:
         model = load_model(path, device)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; tools/train_text.py writes such files") from None
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: a device that is not there
         raise InputError(error) from error
     if not isinstance(model, CausalLM):

@@ -16,8 +16,6 @@ from uuid import uuid4
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from tools.ending import InputError, ending
 
@@ -38,6 +36,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 def write_digits(out: Path, size: int) -> dict[str, int]:
     """Write the folder, whole or not at all; returns the number of images in each split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")
     train, val = train_test_split(range(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)

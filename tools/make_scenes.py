@@ -23,7 +23,6 @@ import numpy as np
 from matplotlib.cbook import get_sample_data
 from numpy.random import Generator
 from PIL import Image
-from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
 from tools.ending import ending
@@ -57,6 +56,8 @@ rows, cols = np.mgrid[:SIZE, :SIZE]
 
 def load_textures() -> list[np.ndarray]:
     """The luminance of the sample photographs, `[H, W]` in -1 to 1, halved in size."""
+    from sklearn.datasets import load_sample_image
+
     photos = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     photos.append(Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     return [np.asarray(photo.convert("L").reduce(2), np.float32) / 127.5 - 1 for photo in photos]

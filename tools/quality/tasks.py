@@ -11,8 +11,6 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.random import Generator
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,6 +75,9 @@ def test_generator() -> Generator:
 @cache
 def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """scikit-learn's digits `[N, 8, 8]` in 0 to 1 and their labels: "train" (1437), "test" (360)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     train, test = train_test_split(range(len(data.target)), test_size=0.2, stratify=data.target, random_state=0)
     images = (data.images / 16).astype(np.float32)

@@ -13,6 +13,8 @@ from benchmarks.text_benchmark import label
 
 from .comparison import Recorded
 
+BASE = "local"  # curves lie so close together that they are drawn as differences from this one
+
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, in a new folder if need be."""
@@ -21,25 +23,29 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def table_figure(recorded: Recorded) -> Figure:
-    """Bits per character during the training, and on the test text by the place in the context; a line for each name,
-    the mean over its seeds."""
+    """Bits per character during the training, less those of `BASE`, and on the test text by the place in the context; a
+    line for each name, the mean over its seeds."""
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows, curves = recorded.rows, recorded.points
-    for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    trainings = {
+        name: dict(zip(*_means((int(c["updates"]), c["bits"]) for c in curves if c["name"] == name), strict=True))
+        for name in names
+    }
+    base = trainings.get(BASE, {})
+    for i, name in enumerate(names):
         style = dict(marker=MARKERS[i % len(MARKERS)], color=f"C{i}", label=name, markersize=5)
-        left.plot(*_means((int(curve["updates"]), curve["bits"]) for curve in curves if curve["name"] == name), **style)
+        left.plot(*zip(*((n, bits - base.get(n, 0)) for n, bits in trainings[name].items()), strict=True), **style)
         parts = (part.split(":") for row in rows if row["name"] == name for part in row["bits_by_place"].split())
         places, bits = _means(parts)
         right.plot(range(len(places)), bits, **style)
     seeds = len({row["seed"] for row in rows})
     meant = f", mean of {seeds} seeds" if seeds > 1 else ""
-    left.set(xlabel="updates", ylabel="bits per character", title=f"validation{meant}")
+    beside = f", less those of {BASE}" if base else ""
+    left.set(xlabel="updates", ylabel=f"bits per character{beside}", title=f"validation{meant}")
     right.set(xlabel="place in the context", ylabel="bits per character", title=f"test, after the training{meant}")
     right.set_xticks(range(len(places)), places)
-    # The first validations are far above all others.
-    values = sorted(float(curve["bits"]) for curve in curves if curve["bits"])
-    left.set_ylim(values[0] - 0.1, values[int(0.9 * (len(values) - 1))] + 0.1)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     handles, labels = left.get_legend_handles_labels()
