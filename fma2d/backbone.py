@@ -64,7 +64,7 @@ class FMA2DBackbone(nn.Module):
     Args:
         in_chans: input channels.
         num_classes: classes of the head; 0 for none.
-        global_pool: pooling before the head ("avg", "max", "avgmax", "catavgmax", "" for none).
+        global_pool: pooling before the head ("avg", "max", "avgmax", "catavgmax"; "" for none: logits of every position).
         dims: channels of each stage.
         depths: blocks of each stage.
         head_dim: (*) channels per head.
@@ -120,7 +120,6 @@ class FMA2DBackbone(nn.Module):
         super().__init__()
         if len(dims) != len(depths):
             raise ValueError(f"dims and depths must have a value per stage each, got {dims} and {depths}")
-        _check_pooling(num_classes, global_pool)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)]
         given = dict(
@@ -256,7 +255,6 @@ class FMA2DBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        _check_pooling(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         like = self.stages[0].norm.weight
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
@@ -326,15 +324,14 @@ class FMA2DBackbone(nn.Module):
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits `[B, num_classes]`; without pooling those of every position, `[B, num_classes, h, w]`."""
+        if self.head.global_pool.is_identity():
+            x = self.head.drop(x)
+            return x if pre_logits else self.head.fc(x.movedim(1, -1)).movedim(-1, 1)
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _check_pooling(num_classes: int, global_pool: str) -> None:
-    if num_classes and not global_pool:
-        raise ValueError(f"a classifier needs a global_pool, got {global_pool!r}; without one num_classes must be 0")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -28,6 +28,15 @@ def test_sizes_match_swin(name, millions, kernel_millions):
     assert abs(kernels / 1e6 - kernel_millions) < 0.01
 
 
+def test_without_pooling_every_position_has_logits():
+    pooled = timm.create_model("fma2d_nano", num_classes=5).eval()
+    model = timm.create_model("fma2d_nano", num_classes=5, global_pool="").eval()
+    model.load_state_dict(pooled.state_dict())
+    image = torch.randn(2, 3, 96, 50)
+    assert model(image).shape == (2, 5, 3, 2)
+    torch.testing.assert_close(model(image).mean((2, 3)), pooled(image))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_forward_changes_no_layout(memory_format):
     """Tokens stay channels last from the patch embedding to the features: nothing is copied around the attention."""

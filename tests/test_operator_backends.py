@@ -1,5 +1,6 @@
 """The backends against the reference: precision, gradients, dtypes, autocast."""
 
+from math import prod
 from unittest.mock import patch
 
 import pytest
@@ -111,7 +112,9 @@ def test_tokens_side_by_side_in_memory(kind, data, levels, rank, seed):
     with patch.object(blocked, "sources", note):
         results = call.results("torch", d, pack)
     assert_same(results, call.results("reference", d))
-    assert [[len(source.tokens) for source in group] for group in found] == 2 * [[3] if "linear" in kind else [1, 2]]
+    passes = 1 if prod(grid) == 1 else 2  # one token's gradients need no aggregation
+    expected = [[3] if "linear" in kind else [1, 2]] * passes
+    assert [[len(source.tokens) for source in group] for group in found] == expected
 
 
 # In float32 the rule compares two errors of the same size: it takes many numbers for their maxima to say something.
