@@ -64,7 +64,7 @@ class FMA2DBackbone(nn.Module):
     Args:
         in_chans: input channels.
         num_classes: classes of the head; 0 for none.
-        global_pool: pooling before the head ("avg", "max", "avgmax", "catavgmax"; "" for none: logits of every position).
+        global_pool: pooling before the head ("avg", "max", "avgmax", "catavgmax"; "": none, logits of every position).
         dims: channels of each stage.
         depths: blocks of each stage.
         head_dim: (*) channels per head.
