@@ -184,6 +184,9 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert "ADE20K" in refused(**{"train_dataloader.dataset.type": "ADE20KDatset"})
     assert "optim_wrapper cannot be built" in refused(**{"optim_wrapper.optimizer.type": "AdamWW"})
     assert "param_scheduler cannot be built" in refused(**{"param_scheduler.0.type": "LinearLRR"})
+    assert "val_evaluator cannot be built: KeyError: metrics" in refused(**{"val_evaluator.iou_metrics": ["mIoX"]})
+    best = {"default_hooks.checkpoint.save_best": "mDice"}
+    assert "save_best is mDice, which is not measured; that is aAcc, mIoU, mAcc" in refused(**best)
     misspelt = tmp_path / "misspelt.py"
     misspelt.write_text(f"_base_ = [{str(CONFIG)!r}]\ntrain_dataloder = dict(batch_size=2)\n")
     assert "sets train_dataloder" in refused(config=misspelt)

@@ -235,5 +235,10 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys)
     def broken(argv):
         import tools.training.data  # noqa: F401
 
-    with pytest.raises(ModuleNotFoundError):  # a bug of ours keeps its traceback
-        broken()
+    @ending()
+    def nameless(argv):
+        raise ModuleNotFoundError("of nothing")
+
+    for tool in (broken, nameless):
+        with pytest.raises(ModuleNotFoundError):  # a bug of ours keeps its traceback
+            tool()

@@ -35,8 +35,8 @@ def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callab
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             except ModuleNotFoundError as error:
-                package = error.name.partition(".")[0]
-                if package in OURS:
+                package = (error.name or "").partition(".")[0]
+                if package in ("", *OURS):
                     raise
                 distribution = DISTRIBUTIONS.get(package, package)
                 print(f"error: {distribution} is not installed: pip install {distribution}", file=sys.stderr)

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from mmseg.datasets import BaseSegDataset
+from mmseg.evaluation import IoUMetric
 from mmseg.utils import register_all_modules
 
 import fma2d.mmseg
@@ -141,12 +143,16 @@ def build_runner(cfg: Config, train: bool) -> Runner:
         runner = Runner.from_cfg(cfg)
     if not train:
         with building("test_dataloader, test_cfg or test_evaluator"):
-            _ = runner.test_loop
+            metric_names(runner.test_loop)
         return runner
     with building("train_dataloader or train_cfg"):
         _ = runner.train_loop
     with building("val_dataloader, val_cfg or val_evaluator"):
-        _ = runner.val_loop
+        names = metric_names(runner.val_loop)
+    for hook in runner.hooks:
+        best = (hook.save_best or []) if isinstance(hook, CheckpointHook) and names else []
+        if unknown := set(best) - {"auto", *names}:
+            raise InputError(f"save_best is {unknown.pop()}, which is not measured; that is {', '.join(names)}")
     with building("optim_wrapper"):
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     with building("auto_scale_lr or param_scheduler"):
@@ -156,6 +162,22 @@ def build_runner(cfg: Config, train: bool) -> Runner:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     runner.register_hook(fma2d.mmseg.PlainCheckpoints())
     return runner
+
+
+def metric_names(loop: BaseLoop) -> list[str]:
+    """What a loop measures, found by measuring one right pixel; empty where that is by classes not of mmseg.
+
+    Raises:
+        KeyError: for a metric that does not exist, at which the first evaluation would stop.
+    """
+    names, pixel = [], torch.ones(1)
+    for metric in loop.evaluator.metrics:
+        if not isinstance(metric, IoUMetric) or metric.format_only:
+            return []
+        scores = metric.total_area_to_metrics(pixel, pixel, pixel, pixel, metric.metrics)
+        prefix = f"{metric.prefix}/" if metric.prefix else ""
+        names += [prefix + (name if name == "aAcc" else f"m{name}") for name in scores]
+    return names
 
 
 @contextmanager
