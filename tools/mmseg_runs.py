@@ -165,14 +165,14 @@ def build_runner(cfg: Config, train: bool) -> Runner:
 
 
 def metric_names(loop: BaseLoop) -> list[str]:
-    """What a loop measures, found by measuring one right pixel; empty where that is by classes not of mmseg.
+    """What a loop measures, found by measuring one right pixel; empty where others than mmseg's `IoUMetric` measure.
 
     Raises:
         KeyError: for a metric that does not exist, at which the first evaluation would stop.
     """
     names, pixel = [], torch.ones(1)
     for metric in loop.evaluator.metrics:
-        if not isinstance(metric, IoUMetric) or metric.format_only:
+        if type(metric) is not IoUMetric or metric.format_only:
             return []
         scores = metric.total_area_to_metrics(pixel, pixel, pixel, pixel, metric.metrics)
         prefix = f"{metric.prefix}/" if metric.prefix else ""
