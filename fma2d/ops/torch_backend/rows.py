@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .cells import PAIRS, Box, Relation, attend, attend_backward, is_followed
 
-# Fewer queries a tile than this are not worth a call.
-LEAST_QUERIES = 128
+# Fewer queries a tile than this are not worth a call; torch's kernel takes larger blocks from here on.
+LEAST_QUERIES = 192
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
