@@ -52,10 +52,10 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> T
         model = CLASSES[name](**json.loads(metadata["options"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: this version of fma2d has no such {name}: {error}") from error
-    own = {key: value.shape for key, value in model.state_dict().items()}
-    if own != {key: value.shape for key, value in state.items()}:
-        wrong = sorted(key for key in own.keys() | state.keys() if key not in state or own.get(key) != state[key].shape)
-        raise ValueError(f"{path} does not hold the weights of its {name}: see {', '.join(wrong[:3])}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} does not hold the weights of its {name}: {text}") from None
     model.note = json.loads(metadata["note"])
     return model.eval().to(device)
