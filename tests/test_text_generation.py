@@ -47,8 +47,8 @@ def test_greedy_generation_repeats_the_whole_forward(attention):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_streams_side_by_side_leave_the_model_as_it_is(training):
-    """The mode was changed while a stream ran: training beside it had no dropout, and a second stream, going on when the
-    first had ended, drew with dropout."""
+    """The mode was changed while a stream ran: training beside it had no dropout, and a second stream, when the first
+    had ended, drew with dropout."""
     model, prompts = make(dropout=0.5).train(training), torch.randint(13, (2, 1, 9))
     alone = [model.generate(prompt, 12, temperature=0) for prompt in prompts]
     first, second = (model.stream(prompt, count, temperature=0) for prompt, count in zip(prompts, (4, 12), strict=True))
