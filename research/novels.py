@@ -22,7 +22,7 @@ from tools.ending import InputError, ending
 # Every eleventh author, in the order of their names: three for validation, three for the test.
 VAL, TEST, EVERY = 3, 7, 11
 PASSAGE = 4096  # characters
-PASSAGES = 60  # of a novel, at most
+PASSAGES = 20  # of a novel, at most
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -87,7 +87,7 @@ def author_rows(novels: list[tuple[str, int, str]]) -> dict[str, list[tuple[str,
         for _, text in earlier:
             end = len(text) * 9 // 10
             rows["train"] += [(passage, author) for passage in passages(text[:end])]
-            rows["val"] += [(passage, author) for passage in passages(text[end:])[:6]]
+            rows["val"] += [(passage, author) for passage in passages(text[end:])[:3]]
     return rows
 
 

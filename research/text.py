@@ -44,7 +44,8 @@ CONTEXTS = (512, 2048, 4096, 8192)
 MAIN = (("fma", 4, 32), ("full", 4, 32), ("local", 4, 32), ("fma", 1, 32), ("mean", 4, 32))
 CELLS = [("fma", rank, cell) for cell in (16, 64) for rank in (4, 1)]
 FAR = ("fma", "fma-linear", "mean")
-UPDATE = 16384  # tokens
+UPDATE = 8192  # tokens
+VALIDATION = 65536  # tokens, at most
 TOLERANCE = 0.01  # parameters of all rows of a study agree within this share
 SUBJECT = ("study", "name", "context", "seed")
 MODEL = ("attention", "rank", "cell_size", "params", "kernels", "dim", "depth", "mlp_ratio", "lr", "batch_size")
@@ -73,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="updates from one point of a curve to the next (the recipe's)",
     )
-    add("--test-tokens", type=int, default=1 << 20, metavar="N", help="of the test split, evenly spread (1048576)")
+    add("--test-tokens", type=int, default=1 << 18, metavar="N", help="of the test split, evenly spread (262144)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--threads", type=int, default=1, help="of a training (1)")
     add("--output", type=Path, default=ROOT / "out" / "text_study", metavar="DIR", help="for the runs (out/text_study)")
@@ -119,7 +120,8 @@ class Row:
 def make_row(args, base: TextRecipe, study: str, kind: tuple, context: int, seed: int, **keys) -> Row:
     """The row of a kind `(attention, rank, cell size)`, with as many parameters as full attention has."""
     attention, rank, cell = kind
-    settings = dict(context=context, batch_size=max(1, UPDATE // context), seed=seed) | keys
+    settings = dict(context=context, batch_size=max(1, UPDATE // context), eval_windows=max(1, VALIDATION // context))
+    settings |= dict(seed=seed) | keys
     if base.updates_per_epoch and settings.get("task") != "classify":
         settings |= dict(updates_per_epoch=args.updates_per_epoch or base.updates_per_epoch)
     base = replace(base, **settings)
@@ -155,11 +157,10 @@ def masked(args, base: TextRecipe) -> list[Row]:
 
 
 def authors(args, base: TextRecipe) -> list[Row]:
-    """Classification; an epoch is a pass of the passages."""
-    keys = dict(
-        task="classify", source="csv", updates_per_epoch=None, eval_windows=None, lr=base.lr / 2, min_lr=base.lr / 2
-    )
-    kinds = [(name, 4, 32) for name in ("fma", "full", "local")]
+    """Classification, by smaller models; an epoch is a pass of the passages."""
+    keys = dict(task="classify", source="csv", updates_per_epoch=None, eval_windows=None)
+    keys |= dict(dim=96, depth=2, num_heads=3, lr=1e-3, min_lr=1e-3)
+    kinds = (("fma", 1, 32), ("full", 1, 32), ("local", 1, 32))
     return [make_row(args, base, "authors", kind, 4096, seed, **keys) for seed in args.seeds for kind in kinds]
 
 

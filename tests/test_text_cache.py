@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import text_cache as benchmark
 from fma2d import FMA2d
 from fma2d.text import Cache, CausalLM, MaskedLM
 from fma2d.text.attention import Attention
@@ -143,3 +144,18 @@ def test_caches_that_cannot_be_are_refused():
         FMA2d(8, 2, levels=1)(torch.randn(1, 3, 3, 8), cache=cache)
     with pytest.raises(TypeError):
         MaskedLM(11, 8, 1, 2)(torch.randint(11, (1, 3)), cache=cache)
+
+
+def test_the_benchmark_writes_rows_and_a_figure(tmp_path):
+    """A second run adds rows, of which the later count."""
+    out, figure = tmp_path / "results" / "cache.csv", tmp_path / "figures" / "cache.png"
+    settings = dict(dim=8, depth=2, heads=2, cell_size=4, rank=2, tokens=5, threads=torch.get_num_threads())
+    settings |= dict(out=out, figure=figure)
+    options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for _ in range(2):
+        assert benchmark.main(["--positions", "30", "90", *options]) == 0
+    assert len(out.read_text().splitlines()) == 9 and figure.stat().st_size > 10_000
+    found = {(row["attention"], int(row["position"])): int(row["entries"]) for row in benchmark.read(out)}
+    assert found == {("fma", 30): 36, ("fma", 90): 52, ("full", 30): 30, ("full", 90): 90}
+    with pytest.raises(SystemExit):
+        benchmark.main(["--positions", "30"])

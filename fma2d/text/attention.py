@@ -33,9 +33,6 @@ class Attention(FMA1d):
         cell_size, rank: of the FMA kinds; "local" takes the cell size.
         context: the length for which every level gets kernels of its own; any length runs.
         count_bias: of the FMA kinds, see `fma2d.multipole_attention`.
-
-    Raises:
-        TypeError, ValueError: for settings that do not fit; the message names the setting.
     """
 
     def __init__(
@@ -54,17 +51,10 @@ class Attention(FMA1d):
             raise ValueError(f"attention must be one of {KINDS}, got {kind!r}")
         if causal and kind == "fma-linear":
             raise ValueError("attention 'fma-linear' is bidirectional: its summary queries would hold later tokens")
-        super().__init__(
-            dim,
-            num_heads,
-            cell_size,
-            rank,
-            levels=num_levels((context,), cell_size) if kind in LEARNED else 0,
-            causal=causal,
-            variant="linear" if kind == "fma-linear" else "loglinear",
-            aggregation="learned" if kind in LEARNED else "mean",
-            count_bias=count_bias,
-        )
+        options = dict(causal=causal, count_bias=count_bias, variant="linear" if kind == "fma-linear" else "loglinear")
+        options |= dict(aggregation="learned" if kind in LEARNED else "mean")
+        options |= dict(levels=num_levels((context,), cell_size) if kind in LEARNED else 0)
+        super().__init__(dim, num_heads, cell_size, rank, **options)
         if self.head_dim % 2:
             raise ValueError(f"positions turn channels in pairs: dim / num_heads must be even, got {dim}/{num_heads}")
         self.kind = kind

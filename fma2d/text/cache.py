@@ -28,13 +28,9 @@ from .attention import Attention
 
 
 class Cache:
-    """Keys and values of a causal model's earlier tokens, in some form, for every layer; rows may differ in length.
+    """Keys and values of a causal model's earlier tokens, in some form, for each of its layers, all of one kind.
 
-    Args:
-        attentions: the layers, all of one kind; they keep their weights while the cache is in use.
-
-    Attributes:
-        layers: what each layer keeps.
+    Rows may differ in length. The layers keep their weights while the cache is in use.
 
     Raises:
         ValueError: for layers that are not causal, or whose rank does not divide their cell size.
@@ -54,11 +50,7 @@ class Cache:
         return self.layers[0].entries()
 
     def steps(self, ids: Tensor, key_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The parts of ids and mask `[B, N]` that layers take at once: the first tokens together, later ones singly.
-
-        Raises:
-            ValueError: for another number of rows than before.
-        """
+        """The parts of ids and mask `[B, N]` that layers take at once: the first tokens together, later ones singly."""
         rows = self._rows
         if rows.lengths is None:
             yield ids, key_mask
@@ -104,7 +96,7 @@ class LayerCache:
         """Add tokens `[B, heads, N, head_dim]`, and give what each attends to; see `Cache.steps` for how many."""
         is_first = self.rows.lengths is None
         out = self.layer.attend(q, k, v, key_mask) if is_first else None
-        if key_mask is not None:  # an absent token may be kept where the next one will be
+        if key_mask is not None:  # what is absent may be kept where the next token will be
             k, v = (torch.where(key_mask[:, None, :, None], x, 0) for x in (k, v))
         with torch.autocast(q.device.type, enabled=False):
             if not is_first:
@@ -140,7 +132,6 @@ class Plan(NamedTuple):
     block: Tensor  # [B, 1], its block
     far: Tensor  # [B, levels * rank], the slots of the summaries that it is a part of
     begun: Tensor  # [B, levels * rank, 1, 1, 1], whether these hold earlier tokens of the same cell
-    level: Tensor  # [levels]
     bin: Tensor  # [B, levels], of the kernel
     side: Tensor  # [levels, 1, 1, 1, 1], tokens of a cell
     bias: Tensor  # [B, 1, 1, slots], added to scores: -inf, 0, or the log of the tokens that a summary speaks for
@@ -200,7 +191,8 @@ class Multipole(LayerCache):
         self.slots[row, plan.near] = token
         if self.kernels is not None:
             self.blocks[row, plan.block] += token
-            weights = self.kernels[plan.level.clamp(max=len(self.kernels) - 1), plan.bin] / plan.side
+            level = torch.arange(self.levels, device=q.device).clamp(max=len(self.kernels) - 1)
+            weights = self.kernels[level, plan.bin] / plan.side
             before = torch.where(plan.begun, self.slots[row, plan.far], 0)
             self.slots[row, plan.far] = before + weights.flatten(1, 2) * token
         keys, values = self.slots.permute(2, 0, 3, 1, 4)
@@ -220,19 +212,17 @@ class Multipole(LayerCache):
         held = first + (torch.arange(4, device=device) - first) % 4
         attended = (first >= 0) & (held <= cell[..., None] - 2)
         count = (side.to(dtype) / rank).log() if self.layer.count_bias else torch.zeros_like(side, dtype=dtype)
-        bias = count[:, None].expand_as(attended).masked_fill(~attended, -torch.inf)
-        near_bias = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
-
+        seen = torch.cat((seen, attended.flatten(1).repeat_interleave(rank, 1)), 1)
+        bias = F.pad(count.repeat_interleave(4 * rank), (near, 0)).expand_as(seen).masked_fill(~seen, -torch.inf)
         slot = near + (4 * level + cell % 4)[..., None] * rank + torch.arange(rank, device=device)
         return Plan(
             near=token % near,
             block=token >> self.levels,
             far=slot.flatten(1),
             begun=(offset > 0).repeat_interleave(rank, 1)[..., None, None, None],
-            level=level,
             bin=offset >> level,
             side=side[:, None, None, None, None],
-            bias=torch.cat((near_bias, bias.flatten(1).repeat_interleave(rank, 1)), 1)[:, None, None],
+            bias=bias[:, None, None],
         )
 
 

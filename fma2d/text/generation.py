@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from .model import CausalLM
+from torch import Tensor, nn
 
 
 def decode(
-    model: CausalLM,
+    model: nn.Module,
     prompt: Tensor,
     mask: Tensor | None,
     max_new_tokens: int,
     draw: Callable[[Tensor], Tensor],
     eos: int | None,
 ) -> Iterator[Tensor]:
-    """Give new ids `[B]`, drawn from logits `[B, vocab_size]`; `mask` `[B, N]` tells which ids are the prompt.
+    """Give new ids `[B]` of a `CausalLM`, drawn from logits `[B, vocab_size]`; of prompts those that `mask` tells.
 
     Nothing of the model is changed, so others may use it between two draws.
     """
@@ -51,7 +47,9 @@ def prompt_mask(prompt: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(prompt.shape[1], device=prompt.device) < lengths[:, None]
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, generator: object = None
+) -> None:
     """Raise ValueError for options that `sample` cannot take."""
     if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number of at least 0 (0: the likeliest token), got {temperature!r}")

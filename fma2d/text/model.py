@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from math import sqrt
 
 import torch
@@ -48,8 +49,8 @@ class TextModel(nn.Module):
         context: the length for which every level gets kernels of its own; any length runs.
         mlp_ratio: hidden channels of the MLP over dim.
         dropout: rate at the end of each attention layer and MLP, in training.
-        count_bias: of the three FMA kinds, whether a summary token counts for as many as it stands for. Without, all
-            summary tokens start with equal weight, so that attention starts near and thins out with the distance.
+        count_bias: of the FMA kinds, whether a summary token counts for as many as it stands for. Without, attention
+            starts near and thins out with the distance.
 
     Raises:
         TypeError, ValueError: for options that do not fit; the message names the option.
@@ -83,15 +84,12 @@ class TextModel(nn.Module):
             raise ValueError(f"mlp_ratio must leave at least one hidden channel, got {mlp_ratio}")
         # All that makes another model like this one; kept in its files.
         self.options = dict(sizes, attention=attention, mlp_ratio=mlp_ratio, dropout=dropout, count_bias=count_bias)
-        # What its file says about it; see `save_model`.
-        self.note: dict = {}
+        self.note: dict = {}  # what its file says about it; see `save_model`
         self.vocab_size = vocab_size
         self.embed = nn.Embedding(vocab_size, dim)
-        layer = partial(Attention, dim, num_heads, attention, causal=self.causal, context=context)
-        self.blocks = nn.ModuleList(
-            Block(layer(cell_size=cell_size, rank=rank, count_bias=count_bias), mlp_ratio, dropout)
-            for _ in range(depth)
-        )
+        cells = dict(cell_size=cell_size, rank=rank, context=context, count_bias=count_bias)
+        layers = [Attention(dim, num_heads, attention, causal=self.causal, **cells) for _ in range(depth)]
+        self.blocks = nn.ModuleList(Block(layer, mlp_ratio, dropout) for layer in layers)
         self.norm = nn.LayerNorm(dim)
         self._init_weights()
         report_loads(self)
@@ -115,15 +113,15 @@ class TextModel(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith(".kernels")}
 
     def features(self, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Features `[B, N, dim]` of ids `[B, N]`; what they hold in the place of an absent token means nothing."""
+        """Features `[B, N, dim]` of ids `[B, N]`; those of an absent token are finite and mean nothing."""
         check_ids(ids, key_mask, self.vocab_size)
-        return self._features(ids, key_mask, [None] * len(self.blocks))
+        return self._features(ids, key_mask)
 
-    def _features(self, ids: Tensor, key_mask: Tensor | None, caches: Sequence[LayerCache | None]) -> Tensor:
+    def _features(self, ids: Tensor, key_mask: Tensor | None, caches: Sequence[LayerCache] = ()) -> Tensor:
         if key_mask is not None:
             ids = ids.masked_fill(~key_mask, 0)
         x = self.embed(ids) * sqrt(self.embed.embedding_dim)  # tied embeddings are small, for the output layer's sake
-        for block, cache in zip(self.blocks, caches, strict=True):
+        for block, cache in zip_longest(self.blocks, caches):
             x = block(x, key_mask, cache)
         return self.norm(x)
 
@@ -138,10 +136,8 @@ class CausalLM(TextModel):
 
         Args:
             ids: `[B, N]`, int64.
-            key_mask: bool `[B, N]`, True where a token exists, in each row the first ones; what the logits of the
-                others are means nothing, but they are finite.
-            cache: of `new_cache`, filled by earlier calls: the ids go on where they ended. No gradients and no dropout
-                then.
+            key_mask: bool `[B, N]`, True where a token exists, in each row the first ones.
+            cache: of `new_cache`: the ids go on where earlier calls ended, without gradients and dropout.
 
         Raises:
             TypeError, ValueError: for ids or a mask that do not fit; the message says how.
@@ -163,16 +159,7 @@ class CausalLM(TextModel):
         return Cache([block.attention for block in self.blocks])
 
     def stream(
-        self,
-        prompt: Tensor,
-        max_new_tokens: int,
-        *,
-        lengths: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos: int | None = None,
-        generator: torch.Generator | None = None,
+        self, prompt: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, eos: int | None = None, **sampling
     ) -> Iterator[Tensor]:
         """Go on from prompts: new ids `[B]`, one after another as they are drawn, without dropout and gradients.
 
@@ -180,24 +167,22 @@ class CausalLM(TextModel):
             prompt: ids `[B, N]`, int64.
             max_new_tokens: how many; fewer where every row has ended.
             lengths: `[B]`, how many ids of each row are its prompt, the first ones; default all.
-            temperature: what logits are divided by before one is drawn; 0 takes the likeliest.
-            top_k: draw from the `k` likeliest only.
-            top_p: draw from the likeliest that together reach this probability only, one at least.
             eos: an id that ends a row; all that follows in it is `eos`.
-            generator: of the random numbers, on the model's device.
+            sampling: `temperature` (1.0), what logits are divided by before one is drawn, 0 takes the likeliest;
+                `top_k` (None), to draw from the `k` likeliest only; `top_p` (None), to draw from the likeliest that
+                together reach this probability only, one at least; `generator` of the random numbers.
 
         Raises:
             TypeError, ValueError: for arguments that do not fit, before anything is computed.
         """
-        check_sampling(temperature, top_k, top_p)
+        check_sampling(**sampling)
         mask = prompt_mask(prompt, lengths) if lengths is not None and isinstance(prompt, Tensor) else None
         check_ids(prompt, mask, self.vocab_size, "prompt")
         if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
         if eos is not None and not (isinstance(eos, int) and 0 <= eos < self.vocab_size):
             raise ValueError(f"eos must be None or an id, 0 to {self.vocab_size - 1}, got {eos!r}")
-        draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        return decode(self, prompt, mask, max_new_tokens, draw, eos)
+        return decode(self, prompt, mask, max_new_tokens, partial(sample, **sampling), eos)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **options) -> Tensor:
         """What `stream` gives, with its arguments, as one tensor `[B, M]`, without the prompt."""
@@ -206,10 +191,8 @@ class CausalLM(TextModel):
 
 
 class MaskedLM(TextModel):
-    """Predicts tokens from both sides; the embedding is also the output layer. Arguments as in `TextModel`.
-
-    Which id stands for a masked token is the caller's choice; count it in `vocab_size`.
-    """
+    """Predicts tokens from both sides; the embedding is also the output layer. Arguments as in `TextModel`, whose
+    `vocab_size` counts the id that stands for a masked token, of the caller's choice."""
 
     def forward(self, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Logits `[B, N, vocab_size]`; ids, mask and errors as in `CausalLM`."""
@@ -217,11 +200,7 @@ class MaskedLM(TextModel):
 
 
 class SequenceClassifier(TextModel):
-    """One class for each sequence, from the mean of its features; arguments as in `TextModel`.
-
-    Args:
-        num_classes: of the output.
-    """
+    """One of `num_classes` for each sequence, from the mean of its features; other arguments as in `TextModel`."""
 
     def __init__(self, vocab_size: int, num_classes: int, dim: int, depth: int, num_heads: int, **options):
         check_positive("num_classes", num_classes)
@@ -246,16 +225,13 @@ def check_ids(ids: Tensor, key_mask: Tensor | None, vocab_size: int, name: str =
     Values are looked at on the CPU only, where that waits for nothing.
     """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name} must be an int64 tensor, got {got}")
+        raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.dim() != 2 or not ids.shape[1]:
         raise ValueError(f"{name} must be [B, N] with at least one token a row, got shape {tuple(ids.shape)}")
-    if key_mask is not None:
-        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-            got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-            raise TypeError(f"key_mask must be a bool tensor, True where a token exists, got {got}")
-        if key_mask.shape != ids.shape:
-            raise ValueError(f"key_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(key_mask.shape)}")
+    if key_mask is not None and (not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool):
+        raise TypeError(f"key_mask must be a bool tensor, got {getattr(key_mask, 'dtype', type(key_mask).__name__)}")
+    if key_mask is not None and key_mask.shape != ids.shape:
+        raise ValueError(f"key_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(key_mask.shape)}")
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         return
     if key_mask is not None and (key_mask[:, 1:] & ~key_mask[:, :-1]).any():
