@@ -11,6 +11,7 @@ command with --resume goes on after the last whole epoch and ends with the same 
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from tools.text.corpus import read_corpus
 from tools.text.engine import TextTraining, evaluate
 from tools.text.folder import RESULT, TextFolder
 from tools.text.recipe import TextRecipe, text_model
+from tools.training.checkpoints import write_text
 from tools.training.log import Progress, duration
 from tools.training.program import go_on, guarded, make_parser, parsed, start_processes
 from tools.training.recipe import recipe_from_arguments
@@ -34,19 +36,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     usage = "%(prog)s RECIPE.yaml [--data PATH] [options] [--key value ...]"
     parser = make_parser(usage, __doc__, "out/text/RECIPE", TextRecipe, "configs/text/embedded.yaml")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="a folder with train, val and test, each .txt (source bytes), .npy (tokens) or .csv; or one file of this "
-        "kind, which is split 90/5/5 percent",
-    )
-    parser.add_argument(
-        "--stop-after",
-        type=float,
-        metavar="MINUTES",
-        help="end after the epoch that reaches this much training in all; --resume goes on",
-    )
+    text = "a folder with train, val and test, each .txt (source bytes), .npy (tokens) or .csv; or one file of this "
+    text += "kind, which is split 90/5/5 percent"
+    parser.add_argument("--data", type=Path, metavar="PATH", help=text)
+    text = "end after the epoch that reaches this much training in all; --resume goes on"
+    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help=text)
     return parsed(parser, argv)
 
 
@@ -70,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     go_on(training, stored, folder, args, say)
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f"{type(model).__name__}, attention {recipe.attention}: {count / 1e6:.2f} M parameters\n{corpus}")
-    where = f"{processes.world} process(es) on {processes.device.type}"
-    say(f"{where}, precision {recipe.amp or 'float32'}, in {folder.path}")
+    where, precision = f"{processes.world} process(es) on {processes.device.type}", recipe.amp or "float32"
+    say(f"{where}, precision {precision}, in {folder.path}")
 
-    unit, size = ("texts", 1) if recipe.task == "classify" else ("tokens", recipe.context)
-    size *= recipe.batch_size
+    unit = "texts" if recipe.task == "classify" else "tokens"
+    size = recipe.batch_size * (1 if recipe.task == "classify" else recipe.context)
     trained = sum(float(row["seconds"]) for row in folder.log.rows) if processes.is_first else 0.0
     while training.epoch < recipe.epochs:
         # All processes must hear the same: they share the work.
@@ -99,17 +93,16 @@ def run(args: argparse.Namespace) -> int:
             row |= dict(val_loss=scores["loss"]) | {key: scores[key] for key in folder.columns if key in scores}
         if processes.is_first:
             trained += row["seconds"]
-            left = duration(progress.seconds * (recipe.epochs - training.epoch))
             line = f"epoch {row['epoch']}/{recipe.epochs}  loss {loss:.4f}  {row['per_second']:.0f} {unit}/s"
             line += f"  validation: {scores_line(row)}" if "val_loss" in row else ""
-            say(f"{line}  left {left}", flush=True)
+            say(f"{line}  left {duration(progress.seconds * (recipe.epochs - training.epoch))}", flush=True)
             folder.record(training, row)
     if not any(processes.sum([processes.is_first and (folder.path / RESULT).exists()])):
         say("scoring the test split", flush=True)
         result = evaluate(training.weights, test, recipe, processes)
         result |= dict(params=count, updates=training.epoch * updates, text=corpus.sha256)
         if processes.is_first:
-            folder.write_result(result)
+            write_text(folder.path / RESULT, json.dumps(result, indent=1) + "\n")
             say(f"test: {scores_line(result)}")
     say(f"weights in {folder.path}")
     return 0

@@ -1,6 +1,6 @@
 """Batches of token windows and of labelled texts; what is random in them depends on seed, epoch and place alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,16 +29,19 @@ class WindowBatches(TrainBatches):
 class Windows:
     """The batches `(ids, targets)`, each `[B, context]`, whose windows begin where keys `(epoch, start)` say."""
 
-    def __init__(self, recipe: TextRecipe, data: np.ndarray, batches):
+    def __init__(self, recipe: TextRecipe, data: Sequence, batches: Sequence | TrainBatches | EvalBatches):
         self.recipe, self.data, self.batches = recipe, data, batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for keys in self.batches:
-            found = [window(self.recipe, self.data, start, (epoch, start)) for epoch, start in keys]
-            yield tuple(map(torch.stack, zip(*found, strict=True)))
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return map(self.batch, self.batches)
+
+    def batch(self, keys: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """That of some keys."""
+        found = [window(self.recipe, self.data, start, (epoch, start)) for epoch, start in keys]
+        return tuple(map(torch.stack, zip(*found, strict=True)))
 
 
 def window(recipe: TextRecipe, data: np.ndarray, start: int, place: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -76,21 +79,14 @@ def cover(recipe: TextRecipe, tokens: int, piece: int, processes: Processes) -> 
     return batches + [[(0, number * context)] for number in short if last]
 
 
-class Texts:
+class Texts(Windows):
     """The batches `(ids [B, N], labels [B], key_mask [B, N])` of the texts that keys `(epoch, index)` say, cut at the
     context, right-padded."""
 
-    def __init__(self, recipe: TextRecipe, texts: list[tuple[bytes, int]], batches):
-        self.recipe, self.texts, self.batches = recipe, texts, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for keys in self.batches:
-            texts, labels = zip(*(self.texts[index] for _, index in keys), strict=True)
-            ids, key_mask = padded([text[: self.recipe.context] for text in texts])
-            yield ids, torch.tensor(labels), key_mask
+    def batch(self, keys: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        texts, labels = zip(*(self.data[index] for _, index in keys), strict=True)
+        ids, key_mask = padded([text[: self.recipe.context] for text in texts])
+        return ids, torch.tensor(labels), key_mask
 
 
 def padded(texts: list[bytes]) -> tuple[Tensor, Tensor]:
@@ -101,7 +97,7 @@ def padded(texts: list[bytes]) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(text)] for text in texts])
 
 
-def make_batches(recipe: TextRecipe, corpus: Corpus, processes: Processes, accum: int) -> list[Windows | Texts]:
+def make_batches(recipe: TextRecipe, corpus: Corpus, processes: Processes, accum: int) -> list[Windows]:
     """This process's batches for training, validation and the test."""
     parts, share = [getattr(corpus, which) for which in SPLITS], (processes.rank, processes.world)
     if recipe.task == "classify":

@@ -1,12 +1,11 @@
 """The folder of a run on text."""
 
-import json
 from pathlib import Path
 
 from fma2d.text import save_model
 
 from ..ending import InputError
-from ..training.checkpoints import write_text, writing
+from ..training.checkpoints import writing
 from ..training.engine import Training
 from ..training.folder import RunFolder
 from ..training.recipe import to_yaml
@@ -46,7 +45,3 @@ class TextFolder(RunFolder):
         note |= dict(metrics={key: row[key] for key in ("epoch", "train_loss", *SCORES) if key in row})
         with writing(path):
             save_model(path, training.weights, **note)
-
-    def write_result(self, result: dict) -> None:
-        """The scores on the test split, for programs."""
-        write_text(self.path / RESULT, json.dumps(result, indent=1) + "\n")
