@@ -4,10 +4,12 @@ import csv
 import tarfile
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.records import read_rows
-from research import novels, text
+from fma2d.text.attention import Attention
+from research import novels, text, text_variants
 from tools.ending import InputError
 from tools.text.corpus import read_corpus
 from tools.text.recipe import TextRecipe, text_model
@@ -109,3 +111,23 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "fma, rank 1, cell 8" in capsys.readouterr().out
     assert (tmp_path / "figures" / "text_contexts.png").stat().st_size > 10_000
     assert read_corpus(make_recipe(small, "", TextRecipe), tmp_path).sha256 == first["text"]
+
+
+def test_the_dense_layer_of_the_variants_is_the_layer(tmp_path, capsys):
+    """With kernels that are anything; and every variant trains, once."""
+    for kind, count_bias in (("fma", False), ("mean", True)):
+        layer = Attention(64, 2, kind, causal=True, cell_size=4, rank=2, context=64, count_bias=count_bias)
+        if layer.kernels is not None:
+            torch.nn.init.normal_(layer.kernels)
+        dense = text_variants.DenseFMA(layer, text_variants.Variant(kind, count_bias=count_bias), 64).double()
+        x = torch.randn(2, 64, 64, dtype=torch.float64)
+        assert torch.allclose(dense(x), layer.double()(x), rtol=0, atol=1e-12)
+    for which in ("train", "val"):
+        (tmp_path / f"{which}.txt").write_bytes(bytes(range(32, 122)) * 9)
+    words = ["--data", tmp_path, "--out", tmp_path / "rows.csv", "--updates", 2, "--context", 64, "--cell-size", 8]
+    words += ["--depth", 1, "--batch-size", 2, "--seeds", 0]
+    for _ in range(2):
+        assert text_variants.main([*map(str, words)]) == 0
+    rows = {row["variant"]: row["bits"] for row in read_rows(tmp_path / "rows.csv", text_variants.COLUMNS)}
+    assert list(rows) == list(text_variants.VARIANTS) and all(float(bits) > 4 for bits in rows.values())
+    assert len(set(rows.values())) > 6 and capsys.readouterr().out.count("base, seed 0") == 1
