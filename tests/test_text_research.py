@@ -130,4 +130,4 @@ def test_the_dense_layer_of_the_variants_is_the_layer(tmp_path, capsys):
         assert text_variants.main([*map(str, words)]) == 0
     rows = {row["variant"]: row["bits"] for row in read_rows(tmp_path / "rows.csv", text_variants.COLUMNS)}
     assert list(rows) == list(text_variants.VARIANTS) and all(float(bits) > 4 for bits in rows.values())
-    assert len(set(rows.values())) > 6 and capsys.readouterr().out.count("base, seed 0") == 1
+    assert len(set(rows.values())) > 4 and capsys.readouterr().out.count("base, seed 0") == 1
