@@ -233,7 +233,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         texts = dict(options=json.dumps(model.options | options), note="{}")
         return dict(texts, architecture="CausalLM")
 
-    for options, words in [(dict(window=3), "no such CausalLM"), (dict(depth=2), "does not hold the weights")]:
+    for options, words in [(dict(window=3), "no such CausalLM"), (dict(depth=2), "lacks weights of its CausalLM")]:
         save_file(model.state_dict(), path, metadata(**options))
         with pytest.raises(ValueError, match=words):
             load_model(path)

@@ -48,7 +48,6 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> T
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{path} does not hold the weights of its {name}: {text}") from None
+        raise ValueError(f"{path} lacks weights of its {name}: {' '.join(str(error).split())}") from None
     model.note = json.loads(metadata["note"])
     return model.eval().to(device)
