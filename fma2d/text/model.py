@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import zip_longest
 from math import sqrt
 
 import torch
@@ -121,7 +120,7 @@ class TextModel(nn.Module):
         if key_mask is not None:
             ids = ids.masked_fill(~key_mask, 0)
         x = self.embed(ids) * sqrt(self.embed.embedding_dim)  # tied embeddings are small, for the output layer's sake
-        for block, cache in zip_longest(self.blocks, caches):
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, key_mask, cache)
         return self.norm(x)
 
