@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +9,6 @@ from .checkpoint import report_layer
 from .geometry import check_positive, tiling
 from .kernels import VARIANTS, adapt_kernels, start_kernels
 from .ops import BACKENDS, exportable, multipole_attention
-
-if TYPE_CHECKING:
-    from .text.cache import Cache
 
 AGGREGATIONS = ("learned", "mean")
 
@@ -304,18 +299,3 @@ class FMA1d(_FMA):
 
     def call_options(self) -> dict:
         return super().call_options() | dict(count_bias=self.count_bias)
-
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """`[B, N, dim]` to the same; `key_mask` bool, broadcastable to `[B, N]`, True where a token exists.
-
-        `cache`, of a causal module, holds what earlier calls have seen (`fma2d.text.MultipoleCache`): x then goes on
-        where they ended, and what it says is added to the cache.
-        """
-        return self.merge(self.attend(*self.project(x), key_mask, cache))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        if cache is None:
-            return super().attend(q, k, v, key_mask)
-        if not self.causal:
-            raise ValueError("a cache is for causal modules: in others, later tokens change earlier outputs")
-        return cache.extend(q, k, v, key_mask, super().attend)

@@ -222,5 +222,5 @@ def test_the_checks_find_what_is_wrong(tmp_path):
     page.write_text("```python\nprint(1 + 1)\n# 2\n```\n```python\nprint(1 + 1)\n# 3\n```\n")
     assert wrong_output(page) == ["print(1 + 1)\n# 3\n2\n"]
     assert unknown_options("python tools/plot.py x.csv \\\n    --out y --gone  # --comment") == ["tools/plot.py --gone"]
-    commands = "tools/train_text.py --lr 1 --rate 1\ntools/compare_text.py table --seed 1 --lr 1"
-    assert unknown_options(commands) == ["tools/train_text.py --rate", "tools/compare_text.py --lr"]
+    commands = "tools/train_text.py --lr 1 --rate 1\ntools/generate.py model.safetensors --seed 1 --lr 1"
+    assert unknown_options(commands) == ["tools/train_text.py --rate", "tools/generate.py --lr"]
