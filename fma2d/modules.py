@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .aggregation import start_kernels
 from .checkpoint import adapt_kernels, report_layer
 from .geometry import check_positive, tiling
-from .ops import BACKENDS, exportable, multipole_attention
+from .ops import BACKENDS, multipole_attention, portable
 
 if TYPE_CHECKING:
     from .text.cache import Cache
@@ -204,7 +204,7 @@ class FMA2d(_FMA):
         proj_drop: dropout after the last projection.
         backend: see `multipole_attention`.
         export_levels: None, or run in operations that ONNX knows, for grids of at most this many levels; see
-            `fma2d.ops.exportable`. `backend` then plays no part, and a mask is refused.
+            `fma2d.ops.portable`. `backend` then plays no part, and a mask is refused.
         device, dtype: of the parameters.
     """
 
@@ -245,23 +245,21 @@ class FMA2d(_FMA):
         )
         self.export_levels = export_levels
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         if self.export_levels is None:
-            return super().attend(q, k, v, key_mask)
+            return super().forward(x, key_mask)
         if key_mask is not None:
             raise ValueError("key_mask cannot be given to a module made for export (export_levels)")
-        options = self.call_options()
-        return exportable.attention(
-            q,
-            k,
-            v,
-            options["key_kernels"],
-            options["value_kernels"],
-            options["query_kernels"],
+        out = portable.attention(
+            self.qkv(x),
+            [] if self.kernels is None else [self.kernels],
+            heads=self.num_heads,
             levels=self.export_levels,
             cell_size=self.cell_size,
             rank=self.rank,
+            variant=self.variant,
         )
+        return self.proj_drop(self.proj(out))
 
 
 class FMA1d(_FMA):
