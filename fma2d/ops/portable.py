@@ -45,32 +45,31 @@ def attention(
     Raises:
         ValueError: if an open height or width may exceed the levels.
     """
-    batch, height, width, channels = qkv.shape
-    if torch.jit.is_tracing():  # sizes are tensors there
-        height, width = int(height), int(width)
+    batch, height, width, _ = qkv.shape
+    channels = int(qkv.shape[-1]) // 3  # under torch.jit.trace sizes are tensors
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     x = qkv.to(dtype)
-    tokens = x.reshape(batch, -1, 3 * heads, channels // (3 * heads)).transpose(1, 2)
+    tokens = x.reshape(batch, -1, 3 * heads, channels // heads).transpose(1, 2)
     q, k, v = tokens.chunk(3, 1)  # [B, heads, tokens, head_dim]
-    q = q * q.shape[-1] ** -0.5
+    q = q * (channels // heads) ** -0.5
     grid = Grid(height, width, cell_size, rank, levels, variant == "linear", count_bias, dtype, qkv.device)
     if grid.is_fixed:
         grid = grid._replace(levels=num_levels(grid.extents, cell_size))
-    elif height > (most := 2 * cell_side(levels + 1, cell_size)) or width > most:
+    elif not torch.jit.is_tracing() and max(height, width) > (most := 2 * cell_side(levels + 1, cell_size)):
         raise ValueError(f"the grid may have more than {most} tokens a side, which {levels} levels do not reach")
     if grid.levels == 0:
-        out = (q @ k.mT).softmax(-1) @ v
+        out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
     else:
         attend = _linear if grid.is_linear else _loglinear
-        out = attend(q, k, v, _summaries(x, kernels, grid, heads), grid.tables())
-    return out.transpose(1, 2).reshape(batch, height, width, channels // 3).to(qkv.dtype)
+        out = attend(q, k, v, _summaries(x, kernels, grid, heads, channels // heads), grid.tables())
+    return out.transpose(1, 2).reshape(batch, height, width, channels).to(qkv.dtype)
 
 
 def _linear(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor, tables: Tables) -> Tensor:
-    channels, rank = q.shape[-1], tables.own.shape[-1]
+    channels, rank = int(q.shape[-1]), int(tables.own.shape[-1])
     # Of each parent, its own 4 * rank summary queries and the summary keys and values of its window.
     q_far, k_far, v_far = _rows(summaries, tables.far).chunk(3, 1)
-    scores = q_far[:, :, :, 16 * rank : 20 * rank] @ k_far.mT + tables.far_bias
+    scores = q_far[:, :, :, 16 * rank : 20 * rank] @ k_far.transpose(-1, -2) + tables.far_bias
     far = _rows((scores.softmax(-1) @ v_far).flatten(2, 3), tables.results)
     lse = _rows(scores.logsumexp(-1, keepdim=True).flatten(2, 3), tables.results)
     # To a token the far results of its sub-cell are further keys.
@@ -82,13 +81,13 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor, tables: Tables) 
 def _loglinear(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor, tables: Tables) -> Tensor:
     k_far, v_far = summaries.chunk(2, 1)
     q = F.pad(_rows(q, tables.queries), (0, 1), value=1.0)
-    k = F.pad(torch.cat((k, k_far), 2), (0, 1, 0, 1)) + F.pad(tables.bias, (k.shape[-1], 0))
+    k = F.pad(torch.cat((k, k_far), 2), (0, 1, 0, 1)) + F.pad(tables.bias, (int(v.shape[-1]), 0))
     return _near(q, k, F.pad(torch.cat((v, v_far), 2), (0, 0, 0, 1)), tables)
 
 
 def _near(q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
     """Queries by cell, `[B, heads, N, r * r, C]`, over their rows of keys and values: `[B, heads, tokens, head_dim]`."""
-    p = (q @ _rows(k, tables.near).mT).softmax(-1)
+    p = (q @ _rows(k, tables.near).transpose(-1, -2)).softmax(-1)
     return _rows((p @ _rows(v, tables.near)).flatten(2, 3), tables.tokens)
 
 
@@ -98,9 +97,8 @@ def _rows(x: Tensor, table: Tensor) -> Tensor:
     return rows if table.dim() == 1 else rows.reshape(*x.shape[:2], -1, *table.shape[1:], x.shape[-1])
 
 
-def _summaries(x: Tensor, kernels: Sequence[Tensor], grid: Grid, heads: int) -> Tensor:
+def _summaries(x: Tensor, kernels: Sequence[Tensor], grid: Grid, heads: int, channels: int) -> Tensor:
     """Summary tokens of all levels, those of queries scaled: `[B, kinds * heads, R, head_dim]`."""
-    channels = x.shape[-1] // (3 * heads)
     weights = _weights(kernels, grid, heads, channels)
     x = x.permute(0, 3, 1, 2)
     if not grid.is_linear:
@@ -111,19 +109,19 @@ def _summaries(x: Tensor, kernels: Sequence[Tensor], grid: Grid, heads: int) -> 
         x = F.pad(x, (0, width, 0, height))
     cells, block = [], 1
     for level, weight in enumerate(weights, 1):
-        bins, side = weight.shape[-1], cell_side(level, grid.cell_size)
+        bins, side = int(weight.shape[-1]), cell_side(level, grid.cell_size)
         factor, block = side // bins // block, side // bins
         if factor > 1:
             x = F.avg_pool2d(x, factor)
             exist = None if exist is None else F.avg_pool2d(exist, factor)
-        found = F.conv2d(x, weight, stride=bins, groups=x.shape[1])
+        found = F.conv2d(x, weight, stride=bins, groups=int(x.shape[1]))
         if exist is not None:
             size = weight.abs()
             left = F.conv2d(exist, size, stride=bins).clamp(min=torch.finfo(x.dtype).tiny)
             found = found * (size.sum((1, 2, 3))[:, None, None] / left)
         cells.append(found.flatten(2))
     summaries = torch.cat(cells, 2) if len(cells) > 1 else cells[0]
-    return summaries.reshape(x.shape[0], x.shape[1] // channels, channels, -1).mT
+    return summaries.reshape(x.shape[0], int(x.shape[1]) // channels, channels, -1).transpose(-1, -2)
 
 
 def _weights(kernels: Sequence[Tensor], grid: Grid, heads: int, channels: int) -> list[Tensor]:
@@ -141,10 +139,10 @@ def _weights(kernels: Sequence[Tensor], grid: Grid, heads: int, channels: int) -
     weights = []
     for stack in kernels:
         stack = stack[: grid.levels].to(grid.dtype)
-        bins = stack.shape[-1]
+        bins = int(stack.shape[-1])
         weight = stack[:, :, 0, ..., :, None] * (stack[:, :, 1, ..., None, :] * bins**-2)
         if grid.is_linear:  # key, value, query
             weight = torch.cat((weight[:, 2:] * channels**-0.5, weight[:, :2]), 1)
         weight = weight.permute(0, 1, 3, 4, 2, 5, 6).expand(-1, -1, heads, channels, -1, -1, -1)
-        weights += weight.reshape(len(stack), -1, 1, bins, bins).unbind()
+        weights += weight.reshape(int(stack.shape[0]), -1, 1, bins, bins).unbind()
     return [weights[min(level, len(weights) - 1)] for level in range(grid.levels)]

@@ -157,7 +157,7 @@ def _loglinear(grid: Grid, cells: list[int], tokens: int) -> tuple[Tensor, int, 
         far.append(index[: cells[0], : cells[1]].reshape(-1, 36 * rank))
         biases.append(_log(grid, _outer(*(_counts(grid, level, axis) for axis in (0, 1)), torch.mul)))
     # Of the summaries, in the order in which they are stored: sub-cells, then the cells of all levels.
-    bias = torch.cat(biases).mT.reshape(-1)
+    bias = torch.cat(biases).transpose(-1, -2).reshape(-1)
     bias = torch.cat((bias.new_zeros(tokens), bias, bias.new_full((1,), ABSENT)))[:, None]
     return tokens + torch.cat(far, 1), total * rank, dict(bias=bias)
 
