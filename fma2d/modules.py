@@ -247,6 +247,10 @@ class FMA2d(_FMA):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         if self.export_levels is None:
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(
+                    "ONNX has no operator for FMA2d: make the model with timm.create_model(..., exportable=True)"
+                )
             return super().forward(x, key_mask)
         if key_mask is not None:
             raise ValueError("key_mask cannot be given to a module made for export (export_levels)")

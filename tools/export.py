@@ -1,15 +1,17 @@
 """Write a model as a torch.export program and as ONNX, and check both.
 
-The model is made with timm's `exportable=True`: standard operations only. With `--size` the files are for images of
-that size alone, and everything that depends on it is a constant: small files that run fast. With `--max-size` height and
-width stay open; the levels of that size are all there, and at smaller sizes the ones that a grid lacks contribute
-nothing. The files run beside the model in PyTorch, with open sizes at three of them, which differ in their levels.
-ONNX needs the extra `export`.
+With `--size` the files are for images of that size alone: standard operations only, and what depends on the size is a
+constant. With `--max-size` height and width stay open. The ONNX file then has the levels of that size, of which those
+that a smaller grid lacks contribute nothing, and the operator is one node of the torch.export program, which needs
+`import fma2d` to run. The files run beside the model in PyTorch, with open sizes at three of them, which differ in
+their levels. ONNX needs the extra `export`.
 """
 
 import argparse
+import io
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     metadata = read_metadata(args.checkpoint) if args.checkpoint and args.checkpoint.is_file() else {}
     if (attention := metadata.get("attention", "fma")) != "fma":
         parser.error(f"{args.checkpoint} was trained with {attention} attention, which this does not export")
-    options = made_with(metadata) | args.model_kwargs | dict(img_size=args.size or args.max_size, pretrained=args.pretrained)
+    options = made_with(metadata) | args.model_kwargs
+    options |= dict(img_size=args.size or args.max_size, pretrained=args.pretrained)
     if args.num_classes is not None:
         options["num_classes"] = args.num_classes
     try:
@@ -74,16 +77,20 @@ def main(argv: list[str] | None = None) -> int:
     name = f"{args.model}_{'x'.join(map(str, args.size)) if args.size else args.max_size}"
     files = {kind: args.out / f"{name}.{kind}" for kind in args.formats}
 
+    sizes = [args.size] if args.size else check_sizes(args.max_size)
     if args.size:
-        program, sizes = timed("torch.export", export_fixed, model, args.size, args.batch), [args.size]
-    else:
-        program, sizes = timed("torch.export", export, model, args.max_size, args.batch), check_sizes(args.max_size)
+        program = timed("torch.export", export_fixed, model, args.size, args.batch)
+    elif "pt2" in files:
+        program = timed("torch.export", export_open, eager, args.max_size, args.batch)
     runners = {}
     if "pt2" in files:
         torch.export.save(program, files["pt2"])
         runners["torch.export"] = torch.export.load(files["pt2"]).module()
     if "onnx" in files:
-        nodes = timed("ONNX", write_onnx, program, files["onnx"])
+        if args.size:
+            nodes = timed("ONNX", write_onnx, program, files["onnx"])
+        else:
+            nodes = timed("ONNX", write_open_onnx, model, args.max_size, files["onnx"], args.batch)
         print(f"{nodes} nodes, {files['onnx'].stat().st_size / 2**20:.0f} MiB")
         runners["onnxruntime"] = onnx_runner(files["onnx"])
     print("\nlargest difference from the model in PyTorch, over the largest output\n")
@@ -120,8 +127,8 @@ def export_fixed(model: nn.Module, size: tuple[int, int], batch: int = 1) -> Exp
         return torch.export.export(model, (torch.zeros(batch, model.in_chans, *size),))
 
 
-def export(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_SIZE) -> ExportedProgram:
-    """Export an exportable model for `batch` images `[B, C, H, W]` of `min_size` to `max_size` pixels a side."""
+def export_open(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_SIZE) -> ExportedProgram:
+    """Export any model for `batch` images `[B, C, H, W]` of `min_size` to `max_size` pixels a side."""
     from torch.fx.experimental import _config
 
     image = torch.zeros(batch, model.in_chans, max_size - 1, max_size)
@@ -134,15 +141,39 @@ def export(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_
 
 def write_onnx(program: ExportedProgram, path: Path) -> int:
     """Convert and save, one file; the number of its nodes."""
-    from onnxscript import optimizer
-
     onnx = torch.onnx.export(
         program, dynamo=True, verbose=False, optimize=False, input_names=["image"], output_names=["output"]
     )
-    # As `optimize=True`, but what is made of aggregation kernels alone is a constant, however large.
-    optimizer.optimize(onnx.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
-    onnx.save(path)
-    return len(onnx.model.graph)
+    return _save_folded(onnx.model, path)
+
+
+def write_open_onnx(model: nn.Module, max_size: int, path: Path, batch: int = 1) -> int:
+    """Convert an exportable model, height and width left open, and save, one file; the number of its nodes.
+
+    By the tracer of TorchScript: torch.export would work out sizes in symbols, which takes many minutes.
+    """
+    import onnx
+    import onnx_ir
+
+    image, target = torch.zeros(batch, model.in_chans, max_size, max_size), io.BytesIO()
+    names = dict(input_names=["image"], output_names=["output"])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # channels are taken for constants, which they are; and the tracer is old
+        torch.onnx.export(
+            model, (image,), target, dynamo=False, opset_version=18, dynamic_axes={"image": {2: "H", 3: "W"}}, **names
+        )
+    return _save_folded(onnx_ir.from_proto(onnx.load_from_string(target.getvalue())), path)
+
+
+def _save_folded(model, path: Path) -> int:
+    """Save what torch's exporters made, after the optimization that they leave; the number of nodes."""
+    import onnx_ir
+    from onnxscript import optimizer
+
+    # Unlike in torch, what is made of aggregation kernels alone becomes a constant, too, however large.
+    optimizer.optimize(model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+    onnx_ir.save(model, path)
+    return len(model.graph)
 
 
 def onnx_runner(path: Path):

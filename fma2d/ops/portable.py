@@ -1,8 +1,8 @@
 """The operator on images in standard operations, for exporters: few of them, in large pieces.
 
-Rows of tokens and of summary tokens are gathered by tables (`portable_tables`); then one product makes the near field of
-all cells, and one the far field of all levels. What is added to a score for its key's sake rides on further channels:
-the key holds it, and the query holds 1 there (or, where not all queries see it alike, 0).
+Rows of tokens and of summary tokens are gathered by tables (`portable_tables`); then one product makes the near field
+of all cells, and one the far field of all levels. What is added to a score for its key's sake rides on further
+channels: the key holds it, and the query holds 1 there (or, where not all queries see it alike, 0).
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def _loglinear(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor, tables: Table
 
 
 def _near(q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
-    """Queries by cell, `[B, heads, N, r * r, C]`, over their rows of keys and values: `[B, heads, tokens, head_dim]`."""
+    """Queries by cell, `[B, heads, N, r * r, C]`, over their rows of keys and values; `[B, heads, H * W, head_dim]`."""
     p = (q @ _rows(k, tables.near).transpose(-1, -2)).softmax(-1)
     return _rows((p @ _rows(v, tables.near)).flatten(2, 3), tables.tokens)
 

@@ -210,7 +210,9 @@ def _window(grid: Grid, level: int) -> tuple[Tensor, Tensor]:
 
 def _close(grid: Grid, own: list[int]) -> Tensor:
     """Along an axis, which cells of a parent's window are neighbours of its own cells 0 and 1: `[len(own), 3, 2]`."""
-    return torch.tensor([[[abs(2 * o + c - 2 - i) <= 1 for c in (0, 1)] for o in range(3)] for i in own], device=grid.device)
+    return torch.tensor(
+        [[[abs(2 * o + c - 2 - i) <= 1 for c in (0, 1)] for o in range(3)] for i in own], device=grid.device
+    )
 
 
 def _outer(rows: Tensor, columns: Tensor, operation=torch.add) -> Tensor:
