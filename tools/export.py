@@ -144,7 +144,12 @@ def write_onnx(program: ExportedProgram, path: Path) -> int:
     onnx = torch.onnx.export(
         program, dynamo=True, verbose=False, optimize=False, input_names=["image"], output_names=["output"]
     )
-    return _save_folded(onnx.model, path)
+    from onnxscript import optimizer
+
+    # Unlike in torch, what is made of aggregation kernels alone becomes a constant, too, however large.
+    optimizer.optimize(onnx.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+    onnx.save(path)
+    return len(onnx.model.graph)
 
 
 def write_open_onnx(model: nn.Module, max_size: int, path: Path, batch: int = 1) -> int:
@@ -154,6 +159,7 @@ def write_open_onnx(model: nn.Module, max_size: int, path: Path, batch: int = 1)
     """
     import onnx
     import onnx_ir
+    from onnx_ir.passes import common
 
     image, target = torch.zeros(batch, model.in_chans, max_size, max_size), io.BytesIO()
     names = dict(input_names=["image"], output_names=["output"])
@@ -162,18 +168,16 @@ def write_open_onnx(model: nn.Module, max_size: int, path: Path, batch: int = 1)
         torch.onnx.export(
             model, (image,), target, dynamo=False, opset_version=18, dynamic_axes={"image": {2: "H", 3: "W"}}, **names
         )
-    return _save_folded(onnx_ir.from_proto(onnx.load_from_string(target.getvalue())), path)
-
-
-def _save_folded(model, path: Path) -> int:
-    """Save what torch's exporters made, after the optimization that they leave; the number of nodes."""
-    import onnx_ir
-    from onnxscript import optimizer
-
-    # Unlike in torch, what is made of aggregation kernels alone becomes a constant, too, however large.
-    optimizer.optimize(model, input_size_limit=FOLDED, output_size_limit=FOLDED)
-    onnx_ir.save(model, path)
-    return len(model.graph)
+    found = onnx_ir.from_proto(onnx.load_from_string(target.getvalue()))
+    for clean in (
+        common.CommonSubexpressionEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.RemoveUnusedNodesPass(),
+    ):
+        clean(found)
+    onnx_ir.save(found, path)
+    return len(found.graph)
 
 
 def onnx_runner(path: Path):

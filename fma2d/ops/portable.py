@@ -29,21 +29,22 @@ def attention(
 ) -> Tensor:
     """`fma2d.multipole_attention` of images without a mask, on what one projection gives.
 
-    Height and width that are integers stay fixed in what is exported; those that a tracer leaves open stay open.
+    Height and width are fixed in what is exported if they are integers, as in torch.export. They stay open under
+    TorchScript's tracer, where they are tensors.
 
     Args:
         qkv: queries, keys and values of all heads, `[B, H, W, 3 * heads * head_dim]`.
         kernels: stacks `[levels_i, kinds, 2, rank, heads | 1, head_dim | 1, bins_i]`, the finest level first; `[]` is
             the start value.
         heads: how many.
-        levels: the most levels that a grid may have where height or width is open.
+        levels: the most levels that a grid may have where its size is open; what is fed later is not checked.
         The others as in `fma2d.multipole_attention`; scores must lie above -1e4.
 
     Returns:
         `[B, H, W, heads * head_dim]`.
 
     Raises:
-        ValueError: if an open height or width may exceed the levels.
+        ValueError: for the open sizes of torch.export, whose algebra of sizes takes minutes a layer.
     """
     batch, height, width, _ = qkv.shape
     channels = int(qkv.shape[-1]) // 3  # under torch.jit.trace sizes are tensors
@@ -55,8 +56,11 @@ def attention(
     grid = Grid(height, width, cell_size, rank, levels, variant == "linear", count_bias, dtype, qkv.device)
     if grid.is_fixed:
         grid = grid._replace(levels=num_levels(grid.extents, cell_size))
-    elif not torch.jit.is_tracing() and max(height, width) > (most := 2 * cell_side(levels + 1, cell_size)):
-        raise ValueError(f"the grid may have more than {most} tokens a side, which {levels} levels do not reach")
+    elif not torch.jit.is_tracing():
+        raise ValueError(
+            "exportable=True does not take open sizes from torch.export: fix the size, or trace (tools/export.py "
+            "--max-size, or torch.onnx.export with dynamo=False); without the flag the operator is one node there"
+        )
     if grid.levels == 0:
         out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
     else:
