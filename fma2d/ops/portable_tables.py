@@ -1,7 +1,7 @@
 """Tables of `portable.attention`: which rows are gathered, and what is added to their scores.
 
 They are made of the extents along each axis. Where these are integers the tables are made once, outside of any tracer,
-and are constants of what is exported; where they are symbols, the operations here become part of it.
+and are constants of what is exported; where they are tensors, the operations here become part of it.
 
 An index along an axis counts cells of the padded grid, which consists of whole parents of the coarsest level. What a
 parent or a cell holds is stored in the order `[cells, sub-cells]`, each row by row.
@@ -79,7 +79,7 @@ class Tables(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _constant_tables(grid: Grid) -> Tables:
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch.inference_mode(False):  # whatever the call that happens to be the first
         return make_tables(grid)
 
 
