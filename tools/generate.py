@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, check, and write; the speed goes to standard error."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # also of the replacement character, which many consoles lack
     model = read_model(args.checkpoint, args.device)
     text = read_prompt(args.prompt)
     if args.stop is not None and not (len(args.stop) == 1 and args.stop.isascii()):

@@ -92,10 +92,8 @@ def open_image(path: str, channels: int) -> Image.Image:
         InputError: that names the file, if it cannot be decoded to its end, or holds values of 32 bits.
     """
     try:
-        with (
-            open(path, "rb") as file,
-            Image.open(file) as image,
-        ):  # a path, Pillow maps: TIFFs on their side get garbled
+        # By an open file: Pillow would map one that is named, and garbles TIFFs that lie on their side then.
+        with open(path, "rb") as file, Image.open(file) as image:
             wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             if image.mode in ("I", "F") and not wide:
                 raise ValueError("values of 32 bits have no range of their own; write it with 8 or 16 bits a channel")
