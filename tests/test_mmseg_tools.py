@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmseg.datasets import ADE20KDataset
+from mmcv.transforms import LoadImageFromFile
+from mmseg.datasets import ADE20KDataset, BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 from safetensors import safe_open
 
@@ -112,7 +115,14 @@ def test_colour_and_position_do_not_tell_the_classes():
 def test_checker_counts_and_finds_nothing_wrong(scenes, capsys):
     assert check_dataset.main([str(CONFIG), "--data-root", str(scenes)]) == 0
     out = capsys.readouterr().out
-    assert "train: 6 images, 6 annotations, 6 pairs read" in out and "all well" in out
+    assert "train: 6 images, 6 of them read with their annotations" in out and "all well" in out
+    counts = np.zeros(256, int)
+    for path in (scenes / "annotations/training").iterdir():
+        counts += np.bincount(np.asarray(Image.open(path)).reshape(-1), minlength=256)
+    shares = {name: counts[label] / counts[1:].sum() for name, label in make_scenes.LABELS.items() if label}
+    [line] = [line for line in out.splitlines() if "classes occur" in line][:1]
+    assert line.startswith(f"  {sum(map(bool, shares.values()))} of 15 classes occur: ")
+    assert all(f"{name} {share:.2%}" in line for name, share in shares.items() if share)
 
 
 def break_label(folder, image, annotation):
@@ -129,13 +139,42 @@ def break_channels(folder, image, annotation):
     Image.open(annotation).convert("RGB").save(annotation)
 
 
+def paint_all(folder, image, annotation, paint):
+    """Every annotation anew, from its labels."""
+    for path in annotation.parent.iterdir():
+        labels = np.asarray(Image.open(path))
+        Image.fromarray(np.broadcast_to(paint(labels), labels.shape).astype(np.uint8)).save(path)
+
+
+def turn(folder, image, annotation, orientation):
+    """A camera's tag that the picture is to be turned before it is seen."""
+    exif = Image.Exif()
+    exif[check_dataset.ORIENTATION] = orientation
+    Image.open(image).save(image, exif=exif)
+
+
+def crop(folder, image, annotation):
+    for path in (image, annotation):
+        Image.open(path).crop((0, 0, 128, 96)).save(path)
+
+
 BROKEN = {
     "there is no folder": lambda folder, image, annotation: shutil.rmtree(folder / "annotations/training"),
     "holds no image whose name ends with .jpg": lambda folder, image, annotation: [
         path.rename(path.with_suffix(".jpeg")) for path in image.parent.iterdir()
     ],
     "1 x image without annotation: ADE_train_00000002": lambda folder, image, annotation: annotation.unlink(),
-    "1 x annotation without image: ADE_train_00000002": lambda folder, image, annotation: image.unlink(),
+    "of 150 classes only wall (label 1) occurs in the 6 annotations read; 50% of all": lambda *given: paint_all(
+        *given, lambda labels: np.where(np.arange(128) < 64, 1, 255)
+    ),
+    "every pixel of the 6 annotations read is 0 or 255, which is ignored": lambda *given: paint_all(
+        *given, lambda labels: 255 * (labels % 2)
+    ),
+    "1 x image that its EXIF tag turns in training": lambda *given: turn(*given, 3),
+    "1 x annotation of another size than its image (the image's EXIF tag turns it": lambda *given: (
+        crop(*given),
+        turn(*given, 6),
+    ),
     "1 x annotation with a label beyond 150, such as 151": break_label,
     "1 x annotation of another size than its image": break_size,
     "1 x annotation that is not one channel of 8 bits": break_channels,
@@ -150,9 +189,71 @@ def test_checker_finds(message, copy):
     BROKEN[message](copy, image, copy / "annotations/training/ADE_train_00000002.png")
     cfg = dict(type=ADE20KDataset, data_root=str(copy))  # not by name: the scope of mmseg may not be set here
     cfg["data_prefix"] = dict(img_path="images/training", seg_map_path="annotations/training")
+    cfg["pipeline"] = [dict(type=LoadImageFromFile), dict(type=LoadAnnotations)]
     report = check_dataset.check_split(cfg, "train", sample=64)
     assert message in check_dataset.describe(report)
     assert len(report.problems) == 1
+
+
+def test_checker_sees_what_training_sees(scenes, copy, tmp_path, capsys):
+    """It listed and read files by itself: hidden and left over ones stopped it, and what wrappers hold it left out."""
+    (copy / "images/training/._ADE_train_00000002.jpg").write_bytes(b"of macOS")
+    (copy / "annotations/training/left_over.png").write_bytes(b"of nobody")
+    turn(copy, copy / "images/training/ADE_train_00000001.jpg", None, 1)
+    (copy / "more").symlink_to(scenes / "images/training")
+    (copy / "images/training/linked").symlink_to(copy / "more")
+    (copy / "annotations/training/linked").symlink_to(scenes / "annotations/training")
+    (copy / "list.txt").write_text("ADE_train_00000003\nADE_train_00000004\n")
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = [{str(CONFIG)!r}]\n"
+        "one = _base_.train_dataloader.dataset\n"
+        f"one.data_root = {str(copy)!r}\n"
+        f"train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[\n"
+        "    dict(type='RepeatDataset', times=3, dataset=one), dict(one, ann_file='list.txt')]))\n"
+        f"val_dataloader = dict(dataset=dict(data_root={str(scenes)!r}))\n"
+    )
+    assert check_dataset.main([str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "train.datasets.0.dataset: 12 images, 12 of them read" in out and "train.datasets.1: 2 images" in out
+    assert "note: 1 x annotation without image, which nothing reads: left_over" in out
+    break_label(copy, None, copy / "annotations/training/ADE_train_00000004.png")
+    cfg = mmseg_runs.read_config(config)
+    with pytest.raises(mmseg_runs.InputError, match=r"the train.datasets.0.dataset data .* label beyond 150"):
+        mmseg_runs.check_data(cfg, ("train", "val"))
+    (copy / "images/training/ADE_train_00000005.jpg").unlink()
+    (copy / "list.txt").write_text("ADE_train_00000005\n")
+    assert check_dataset.main([str(config)]) == 1
+    assert (
+        "train.datasets.1: 1 images" in (out := capsys.readouterr().out) and "image that is listed and not there" in out
+    )
+
+
+def two_classes(folder, paint, ignore=255, **options):
+    """A report on four annotations of two classes."""
+    for kind in ("images", "annotations"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"images/{i}.png")
+        Image.fromarray(paint(i)).save(folder / f"annotations/{i}.png")
+    pipeline = [dict(type=LoadImageFromFile), dict(type=LoadAnnotations)]
+    cfg = dict(type=BaseSegDataset, data_root=str(folder), img_suffix=".png", pipeline=pipeline, **options)
+    cfg |= dict(data_prefix=dict(img_path="images", seg_map_path="annotations"))
+    cfg |= dict(metainfo=dict(classes=("road", "car"), palette=[[0] * 3, [9] * 3]))
+    return check_dataset.check_split(cfg, "train", sample=2, ignored=ignore)
+
+
+def test_labels_count_as_the_loss_counts_them(tmp_path):
+    half = np.arange(64).reshape(8, 8) < 32
+    white = two_classes(tmp_path / "white", lambda i: (255 * half).astype(np.uint8))
+    assert "of 2 classes only road (label 0) occurs in the 4 annotations read; 50% of all" in white.problems[0]
+    other = two_classes(tmp_path / "other", lambda i: (255 * half).astype(np.uint8), ignore=7)
+    assert "label beyond 1, such as 255; for two classes write 0 and 1" in other.problems[0]
+    assert not two_classes(tmp_path / "seven", lambda i: np.where(half, 7, i % 2).astype(np.uint8), ignore=7).problems
+    rare = two_classes(tmp_path / "rare", lambda i: np.full((8, 8), i == 3, np.uint8))
+    assert not rare.problems and rare.read >= 2, "a class that the first few lack is looked for in the rest"
+    wide = two_classes(tmp_path / "wide", lambda i: np.where(half, 256, 1).astype(np.uint16))
+    assert "annotation that is not one channel of 8 bits" in wide.problems[0], "training would read 256 as 0"
 
 
 def refuse(tool, arguments, capsys):
@@ -176,6 +277,9 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_1.pth"))
     assert "could run code" in refused("--resume")
     shutil.rmtree(tmp_path / "work")
+    (tmp_path / "work").touch()
+    assert f"cannot write to the folder {tmp_path / 'work'}: it is a file" in refused()
+    (tmp_path / "work").unlink()
     assert "there is no folder" in refused("--resume", folder=tmp_path / "nowhere")  # starts from the beginning
     assert "num_classes is 7, the train data has 15 classes" in refused(**{"model.decode_head.num_classes": 7})
     assert "has no model.bacbone" in refused(**{"model.bacbone.arch": "tiny"})
@@ -269,9 +373,10 @@ def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path, caps
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     expected = run(unbroken)
     assert expected["meta"]["fma2d"]["format_version"] == 1 and expected["meta"]["fma2d"]["cell_size"] == 4
-    broken.mkdir()
-    shutil.copy(unbroken / "iter_2.pth", broken)
-    (broken / "last_checkpoint").write_text(str(broken / "iter_2.pth"))
+    # A copy of a run of two iterations, which names the original's folder; that one has gone on since.
+    shutil.copytree(unbroken, broken)
+    (broken / "iter_4.pth").unlink()
+    (broken / "last_checkpoint").write_text(str(unbroken / "iter_2.pth"))
     found = run(broken, "--resume")
     assert all(torch.equal(weight, expected["state_dict"][name]) for name, weight in found["state_dict"].items())
     logs = [run["message_hub"]["log_scalars"]["train/loss"] for run in (found, expected)]
@@ -280,6 +385,56 @@ def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path, caps
     run(broken, "--resume")  # nothing is left to train, and what it reaches may never have been told
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"{broken} is finished; tools/test.py {CONFIG} {broken / 'iter_4.pth'} scores it" in last
+
+
+def test_the_last_checkpoint_is_that_of_the_folder(tmp_path, capsys):
+    """A copied folder went on from the original's files; an empty or a cut `last_checkpoint` was a traceback."""
+    assert mmseg_runs.last_checkpoint(tmp_path) is None
+    for i in (8, 16, 100):
+        torch.save(dict(iter=i), tmp_path / f"iter_{i}.pth")
+    note, whole = tmp_path / "last_checkpoint", tmp_path / "iter_100.pth"
+    for text, number in (
+        ("/elsewhere/run/iter_16.pth", 16),
+        (r"C:\runs\a\iter_8.pth", 8),
+        ("", 100),
+        ("/elsewhere/run/iter_1", 100),
+        ("/elsewhere/run/iter_200.pth", 100),
+    ):
+        note.write_text(text)
+        assert mmseg_runs.last_checkpoint(tmp_path) == tmp_path / f"iter_{number}.pth", text
+    note.unlink()
+    whole.write_bytes(whole.read_bytes()[:-30])  # as a kill or a full disk leaves it
+    assert mmseg_runs.last_checkpoint(tmp_path) == tmp_path / "iter_16.pth"
+    assert f"{whole} is not whole and is passed over" in capsys.readouterr().out
+
+
+def test_a_copied_run_leaves_the_best_checkpoint_of_the_original(scenes, tmp_path):
+    """mmengine removes the best one by its whole path when there is a better."""
+    best = {"default_hooks.checkpoint.save_best": "mIoU", "default_hooks.checkpoint.rule": "less"}
+    settings = options(scenes, **SMALL_RUN | {"train_cfg.val_interval": 1, "train_cfg.max_iters": 1} | best)
+    first, copied = tmp_path / "first", tmp_path / "copied"
+    assert train.main([str(CONFIG), "--work-dir", str(first), *settings]) == 0
+    files = {path.name: path.read_bytes() for path in first.glob("*.pth")}
+    assert any(name.startswith("best") for name in files)
+    shutil.copytree(first, copied)
+    runner = SimpleNamespace(work_dir=str(copied), hooks=[])
+    hub = torch.load(first / "iter_1.pth", weights_only=True)["message_hub"]
+    mmseg_runs.OwnFolder().after_load_checkpoint(runner, dict(message_hub=hub))
+    named = [Path(value) for name, value in hub["runtime_info"].items() if name.startswith("best_ckpt")]
+    assert named and all(path.is_file() and path.parent == copied for path in named)
+
+
+def test_results_are_named_apart():
+    """One of two images of the same name in different folders lost its prediction."""
+    for images, names in (
+        (["d/a.jpg", "d/b.jpg"], ["a", "b"]),
+        (["d/x/a.jpg", "e/b.jpg"], ["a", "b"]),
+        (["d/x/a.jpg", "d/y/a.jpg", "d/b.jpg"], ["x/a", "y/a", "b"]),
+        (["d/a.jpg", "d/a.png"], ["a.jpg", "a.png"]),
+        (["d/a.jpg", "d/a.jpg"], ["a"]),
+    ):
+        found = mmseg_runs.result_names([Path(image) for image in images])
+        assert [str(name) for name in found.values()] == names
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -161,6 +161,7 @@ def find_files(dataset: BaseSegDataset, place: str) -> str | None:
     listed = dataset.ann_file
     if listed and not remote and not Path(listed).exists():
         return f"there is no list of files {listed}, which {place}.ann_file names"
+    dataset.serialize_data = False  # which fails where there is nothing to serialize
     dataset.full_init()
     if len(dataset):
         return None

@@ -58,6 +58,8 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     args = parser.parse_args([dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
     if args.grad_accum < 1:
         parser.error("--grad-accum must be at least 1")
+    if not args.progress >= 0:
+        parser.error("--progress must be at least 0")
     return args
 
 
