@@ -1,4 +1,4 @@
-"""The tools around mmsegmentation: generated scenes, the data checker, training, testing, and what they refuse."""
+"""The tools around mmsegmentation: generated scenes, training, testing, and what they refuse."""
 
 import hashlib
 import json
@@ -14,37 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mmcv.transforms import LoadImageFromFile
-from mmseg.datasets import ADE20KDataset, BaseSegDataset
-from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.datasets import ADE20KDataset
+from mmseg_cases import CONFIG, ROOT, break_label, options
+from mmseg_cases import copy as copy
+from mmseg_cases import scenes as scenes
 from PIL import Image
 from safetensors import safe_open
 
-from tools import check_dataset, compare_scenes, make_scenes, mmseg_runs, test, train
-
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x128.py"
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    make_scenes.write(folder, {"training": 6, "validation": 3}, seed=0)
-    return folder
-
-
-@pytest.fixture
-def copy(scenes, tmp_path):
-    return Path(shutil.copytree(scenes, tmp_path / "scenes"))
-
-
-def options(folder, **more):
-    """--cfg-options for a run of seconds on the data in a folder."""
-    settings = {f"{split}_dataloader.dataset.data_root": folder for split in ("train", "val", "test")}
-    settings |= {f"{split}_dataloader.num_workers": 0 for split in ("train", "val", "test")}
-    settings |= {f"{split}_dataloader.persistent_workers": False for split in ("train", "val", "test")}
-    return ["--cfg-options", *(f"{name}={value}" for name, value in (settings | more).items())]
-
+from tools import compare_scenes, make_scenes, mmseg_runs, test, train
 
 SMALL_RUN = {
     "train_dataloader.batch_size": 2,
@@ -110,150 +87,6 @@ def test_figures_are_those_of_the_last_validation():
 @pytest.mark.slow
 def test_colour_and_position_do_not_tell_the_classes():
     assert np.mean(list(make_scenes.pixel_baseline(seed=0).values())) < 0.40
-
-
-def test_checker_counts_and_finds_nothing_wrong(scenes, capsys):
-    assert check_dataset.main([str(CONFIG), "--data-root", str(scenes)]) == 0
-    out = capsys.readouterr().out
-    assert "train: 6 images, 6 of them read with their annotations" in out and "all well" in out
-    counts = np.zeros(256, int)
-    for path in (scenes / "annotations/training").iterdir():
-        counts += np.bincount(np.asarray(Image.open(path)).reshape(-1), minlength=256)
-    shares = {name: counts[label] / counts[1:].sum() for name, label in make_scenes.LABELS.items() if label}
-    [line] = [line for line in out.splitlines() if "classes occur" in line][:1]
-    assert line.startswith(f"  {sum(map(bool, shares.values()))} of 15 classes occur: ")
-    assert all(f"{name} {share:.2%}" in line for name, share in shares.items() if share)
-
-
-def break_label(folder, image, annotation):
-    labels = np.asarray(Image.open(annotation)).copy()
-    labels[3, 5] = 151
-    Image.fromarray(labels).save(annotation)
-
-
-def break_size(folder, image, annotation):
-    Image.open(annotation).resize((64, 64), 0).save(annotation)
-
-
-def break_channels(folder, image, annotation):
-    Image.open(annotation).convert("RGB").save(annotation)
-
-
-def paint_all(folder, image, annotation, paint):
-    """Every annotation anew, from its labels."""
-    for path in annotation.parent.iterdir():
-        labels = np.asarray(Image.open(path))
-        Image.fromarray(np.broadcast_to(paint(labels), labels.shape).astype(np.uint8)).save(path)
-
-
-def turn(folder, image, annotation, orientation):
-    """A camera's tag that the picture is to be turned before it is seen."""
-    exif = Image.Exif()
-    exif[check_dataset.ORIENTATION] = orientation
-    Image.open(image).save(image, exif=exif)
-
-
-def crop(folder, image, annotation):
-    for path in (image, annotation):
-        Image.open(path).crop((0, 0, 128, 96)).save(path)
-
-
-BROKEN = {
-    "there is no folder": lambda folder, image, annotation: shutil.rmtree(folder / "annotations/training"),
-    "holds no image whose name ends with .jpg": lambda folder, image, annotation: [
-        path.rename(path.with_suffix(".jpeg")) for path in image.parent.iterdir()
-    ],
-    "1 x image without annotation: ADE_train_00000002": lambda folder, image, annotation: annotation.unlink(),
-    "of 150 classes only wall (label 1) occurs in the 6 annotations read; 50% of all": lambda *given: paint_all(
-        *given, lambda labels: np.where(np.arange(128) < 64, 1, 255)
-    ),
-    "every pixel of the 6 annotations read is 0 or 255, which is ignored": lambda *given: paint_all(
-        *given, lambda labels: 255 * (labels % 2)
-    ),
-    "1 x image that its EXIF tag turns in training": lambda *given: turn(*given, 3),
-    "1 x annotation of another size than its image (the image's EXIF tag turns it": lambda *given: (
-        crop(*given),
-        turn(*given, 6),
-    ),
-    "1 x annotation with a label beyond 150, such as 151": break_label,
-    "1 x annotation of another size than its image": break_size,
-    "1 x annotation that is not one channel of 8 bits": break_channels,
-    "1 x image that cannot be read": lambda folder, image, annotation: image.write_bytes(image.read_bytes()[:400]),
-    "1 x annotation that cannot be read": lambda folder, image, annotation: annotation.write_bytes(b"png"),
-}
-
-
-@pytest.mark.parametrize("message", BROKEN)
-def test_checker_finds(message, copy):
-    image = copy / "images/training/ADE_train_00000002.jpg"
-    BROKEN[message](copy, image, copy / "annotations/training/ADE_train_00000002.png")
-    cfg = dict(type=ADE20KDataset, data_root=str(copy))  # not by name: the scope of mmseg may not be set here
-    cfg["data_prefix"] = dict(img_path="images/training", seg_map_path="annotations/training")
-    cfg["pipeline"] = [dict(type=LoadImageFromFile), dict(type=LoadAnnotations)]
-    report = check_dataset.check_split(cfg, "train", sample=64)
-    assert message in check_dataset.describe(report)
-    assert len(report.problems) == 1
-
-
-def test_checker_sees_what_training_sees(scenes, copy, tmp_path, capsys):
-    """It listed and read files by itself: hidden and left over ones stopped it, and what wrappers hold it left out."""
-    (copy / "images/training/._ADE_train_00000002.jpg").write_bytes(b"of macOS")
-    (copy / "annotations/training/left_over.png").write_bytes(b"of nobody")
-    turn(copy, copy / "images/training/ADE_train_00000001.jpg", None, 1)
-    (copy / "more").symlink_to(scenes / "images/training")
-    (copy / "images/training/linked").symlink_to(copy / "more")
-    (copy / "annotations/training/linked").symlink_to(scenes / "annotations/training")
-    (copy / "list.txt").write_text("ADE_train_00000003\nADE_train_00000004\n")
-    config = tmp_path / "config.py"
-    config.write_text(
-        f"_base_ = [{str(CONFIG)!r}]\n"
-        "one = _base_.train_dataloader.dataset\n"
-        f"one.data_root = {str(copy)!r}\n"
-        f"train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[\n"
-        "    dict(type='RepeatDataset', times=3, dataset=one), dict(one, ann_file='list.txt')]))\n"
-        f"val_dataloader = dict(dataset=dict(data_root={str(scenes)!r}))\n"
-    )
-    assert check_dataset.main([str(config)]) == 0
-    out = capsys.readouterr().out
-    assert "train.datasets.0.dataset: 12 images, 12 of them read" in out and "train.datasets.1: 2 images" in out
-    assert "note: 1 x annotation without image, which nothing reads: left_over" in out
-    break_label(copy, None, copy / "annotations/training/ADE_train_00000004.png")
-    cfg = mmseg_runs.read_config(config)
-    with pytest.raises(mmseg_runs.InputError, match=r"the train.datasets.0.dataset data .* label beyond 150"):
-        mmseg_runs.check_data(cfg, ("train", "val"))
-    (copy / "images/training/ADE_train_00000005.jpg").unlink()
-    (copy / "list.txt").write_text("ADE_train_00000005\n")
-    assert check_dataset.main([str(config)]) == 1
-    assert (
-        "train.datasets.1: 1 images" in (out := capsys.readouterr().out) and "image that is listed and not there" in out
-    )
-
-
-def two_classes(folder, paint, ignore=255, **options):
-    """A report on four annotations of two classes."""
-    for kind in ("images", "annotations"):
-        (folder / kind).mkdir(parents=True)
-    for i in range(4):
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"images/{i}.png")
-        Image.fromarray(paint(i)).save(folder / f"annotations/{i}.png")
-    pipeline = [dict(type=LoadImageFromFile), dict(type=LoadAnnotations)]
-    cfg = dict(type=BaseSegDataset, data_root=str(folder), img_suffix=".png", pipeline=pipeline, **options)
-    cfg |= dict(data_prefix=dict(img_path="images", seg_map_path="annotations"))
-    cfg |= dict(metainfo=dict(classes=("road", "car"), palette=[[0] * 3, [9] * 3]))
-    return check_dataset.check_split(cfg, "train", sample=2, ignored=ignore)
-
-
-def test_labels_count_as_the_loss_counts_them(tmp_path):
-    half = np.arange(64).reshape(8, 8) < 32
-    white = two_classes(tmp_path / "white", lambda i: (255 * half).astype(np.uint8))
-    assert "of 2 classes only road (label 0) occurs in the 4 annotations read; 50% of all" in white.problems[0]
-    other = two_classes(tmp_path / "other", lambda i: (255 * half).astype(np.uint8), ignore=7)
-    assert "label beyond 1, such as 255; for two classes write 0 and 1" in other.problems[0]
-    assert not two_classes(tmp_path / "seven", lambda i: np.where(half, 7, i % 2).astype(np.uint8), ignore=7).problems
-    rare = two_classes(tmp_path / "rare", lambda i: np.full((8, 8), i == 3, np.uint8))
-    assert not rare.problems and rare.read >= 2, "a class that the first few lack is looked for in the rest"
-    wide = two_classes(tmp_path / "wide", lambda i: np.where(half, 256, 1).astype(np.uint16))
-    assert "annotation that is not one channel of 8 bits" in wide.problems[0], "training would read 256 as 0"
 
 
 def refuse(tool, arguments, capsys):
@@ -455,11 +288,34 @@ def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatc
     published = tmp_path / "model.safetensors"
     weights = ROOT / "checkpoints/segformer_fma2d-nano_scenes.safetensors"
     arguments = [str(CONFIG), str(weights), "--work-dir", str(tmp_path), "--publish", str(published)]
+    arguments += ["--out", str(tmp_path / "out")]
     for is_first in (False, True):
         monkeypatch.setattr(test, "is_main_process", lambda is_first=is_first: is_first)
         assert test.main([*arguments, *options(scenes)]) == 0
         told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aAcc ")]
         assert len(told) == published.exists() == is_first
+    # The files hold what was measured, in the labels of the annotations.
+    pairs = [
+        (np.asarray(Image.open(tmp_path / "out" / path.name)), np.asarray(Image.open(path)))
+        for path in sorted((scenes / "annotations/validation").iterdir())
+    ]
+    found, labels = (np.concatenate([pair[i].reshape(-1) for pair in pairs]) for i in (0, 1))
+    assert told[0].startswith(f"aAcc {100 * (found == labels)[labels > 0].mean():.2f} ")
+    assert 50 < float(told[0].split()[1]) < 100
+    with safe_open(published, "pt") as file:
+        assert f'"aAcc": {told[0].split()[1].rstrip("0")}' in file.metadata()["metrics"]
+
+
+def test_testing_writes_each_image_and_of_one_channel_too(tmp_path):
+    """Images of one name in two folders wrote one file; a head of one channel, whose classes are floats, none."""
+    names = {Path("a/im.jpg"): Path("a/im"), Path("b/im.jpg"): Path("b/im")}
+    hook = test.WritePredictions(tmp_path, np.array([4, 9], np.uint8), names)
+    for i, path in enumerate(names):
+        classes = torch.full((1, 3, 5), float(i))
+        sample = SimpleNamespace(img_path=str(path), pred_sem_seg=SimpleNamespace(data=classes))
+        hook.after_test_iter(None, 0, None, [sample])
+    for folder, label in ("a", 4), ("b", 9):
+        assert (np.asarray(Image.open(tmp_path / folder / "im.png")) == np.full((3, 5), label)).all()
 
 
 def test_the_learning_rate_is_scaled_once(scenes, tmp_path):
@@ -472,6 +328,7 @@ def test_the_learning_rate_is_scaled_once(scenes, tmp_path):
     mmseg_runs.fit_to_machine(cfg, "none")
     runner = mmseg_runs.build_runner(cfg, train=True)
     runner.train()
+    assert any(isinstance(hook, mmseg_runs.OwnFolder) for hook in runner.hooks)
     assert {group["initial_lr"] for group in runner.optim_wrapper.optimizer.param_groups} == {2e-3 / 4}
 
 
