@@ -6,6 +6,7 @@ python tools/test.py configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x12
 import argparse
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def publish(model: nn.Module, path: Path, cfg: Config, metrics: dict[str, float]
         data=json.loads(about.read_text()) if about.is_file() else cfg.test_dataloader.dataset.type,
         metrics={name: round(float(value), 2) for name, value in metrics.items() if np.isscalar(value)},
     )
-    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
+    path.with_name(f"{path.name}.sha256").write_bytes(os.fsencode(f"{digest}  {path.name}\n"))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, sha256 {digest}")
 
 

@@ -171,7 +171,7 @@ def read_values(path: Path, kind: type[CommonRecipe] = Recipe, above: tuple[Path
     if path.resolve() in above:
         raise InputError(f"{path} is its own base")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
