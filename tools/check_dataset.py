@@ -302,7 +302,8 @@ def check_labels(report: Report, dataset: BaseSegDataset, least: int) -> list[st
 
 def first_line(error: Exception) -> str:
     """Of an error's text; mmengine wraps one error into another and repeats tracebacks in their texts."""
-    return next(iter(str(error.args[0] if error.args else error).strip().splitlines()), "")
+    text = error.args[0] if error.args and not isinstance(error, OSError) else error
+    return next(iter(str(text).strip().splitlines()), "")
 
 
 def some(problem: str, names: Iterable[str]) -> str:
