@@ -42,6 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Load, check, and write; the speed goes to standard error."""
     args = parse(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # also of the replacement character, which many consoles lack
     model, text = read_model(args.checkpoint, args.device), read_prompt(args.prompt)
     if args.stop is not None and not (len(args.stop) == 1 and args.stop.isascii()):
         raise InputError(f"--stop takes one ASCII character, got {args.stop!r}")

@@ -10,12 +10,19 @@ def read(path: Path, ids: int) -> list[tuple[bytes, str]]:
     """Texts as bytes, of which there are 256 `ids`, with their labels."""
     csv.field_size_limit(1 << 24)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+        with path.open(newline="", encoding="utf-8-sig") as file:  # which Excel begins with a mark
+            reader = csv.DictReader(file, strict=True)
             columns = reader.fieldnames or []
             if not {"text", "label"} <= set(columns):
                 raise InputError(f"{path} needs the columns text and label, has {', '.join(columns) or 'none'}")
-            rows = [(row["text"], row["label"]) for row in reader]
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: not the {len(columns)} fields of the header; "
+                        "a text with a comma belongs in quotes"
+                    )
+                rows.append((row["text"], row["label"].strip()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     for number, (text, label) in enumerate(rows, 1):
