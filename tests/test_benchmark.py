@@ -158,11 +158,11 @@ def test_flop_bound_is_the_one_counted_on_paper():
 
 
 def test_operator_benchmark_end_to_end(tmp_path, capsys):
-    from tools import benchmark, plot
+    from benchmarks.__main__ import main
 
     path = tmp_path / "operator.csv"
-    options = ["--grids", "40", "--threads", "1", "--repeat", "0", "--head-dim", "8", "--out", str(path)]
-    assert benchmark.main(["operator", "--modes", "forward+backward", *options]) == 0
+    options = ["--sizes", "40", "--threads", "1", "--repeat", "0", "--head-dim", "8", "--out", str(path)]
+    assert main(["operator", "--modes", "forward+backward", *options]) == 0
     rows = read_rows(path)
     assert [(row["name"], row["status"], row["tokens"]) for row in rows] == [
         ("fma2d-torch", "ok", "1600"),
@@ -171,35 +171,63 @@ def test_operator_benchmark_end_to_end(tmp_path, capsys):
     assert int(rows[1]["macs"]) == 7 * 1600**2 * 2 * 8
     printed = capsys.readouterr().out
     assert "bound" in printed and "40x40" in printed
-    assert plot.main([str(path), "--out", str(tmp_path / "figures")]) == 0
+    assert main(["draw", str(path), "--out", str(tmp_path / "figures")]) == 0
     [figure] = (tmp_path / "figures").iterdir()
     assert figure.name == "operator_forward_backward.png" and figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_each_size_has_its_batch(monkeypatch):
+    from benchmarks import operator_benchmark
+    from benchmarks.__main__ import parse, plan
+
+    tasks = plan(parse(["model", "--models", "fma2d_nano", "--sizes", "512", "224", "--batch", "1", "4"]))
+    assert [(task.subject["height"], task.subject["batch"]) for task in tasks] == [(224, 4), (512, 1)]
+    monkeypatch.setattr(operator_benchmark, "gate", lambda *_: None)
+    found = dict.fromkeys((t.subject["width"], t.subject["batch"]) for t in plan(parse(["operator", "--table"])))
+    assert tuple(found) == operator_benchmark.TABLE
+    with pytest.raises(SystemExit):
+        parse(["model", "--sizes", "64", "96", "128", "--batch", "1", "4"])
+
+
+def test_ratios_are_of_dense_attention_in_the_same_place():
+    from benchmarks.operator_benchmark import ratios
+
+    place = dict(height="8", width="8", heads="2", head_dim="64", device="cpu", dtype="float32", status="ok")
+    own, dense = dict(name="fma2d-torch", variant="linear"), dict(name="sdpa", variant="")
+    rows = [
+        place | kind | dict(batch=batch, mode=mode, median_ms=ms)
+        for batch, mode, times in (("4", "forward", "28"), ("4", "backward", "21"), ("1", "backward", "96"))
+        for kind, ms in zip((own, dense), times, strict=True)
+    ]
+    lines = [line.split() for line in ratios(rows).splitlines()]
+    assert lines[0] == ["tokens", "batch", "name", "variant", "forward", "backward"]
+    assert lines[2:] == [["8x8", "4", *own.values(), "4.00", "0.50"], ["8x8", "1", *own.values(), "-", "0.67"]]
+
+
 def test_wrong_operator_is_not_timed(tmp_path, capsys, monkeypatch):
     from benchmarks import operator_benchmark
-    from tools import benchmark
+    from benchmarks.__main__ import main
 
     def slightly_wrong(*args, backend, **options):
         return true(*args, backend=backend, **options) * (1.0001 if backend == "torch" else 1)
 
     true = operator_benchmark.multipole_attention
     monkeypatch.setattr(operator_benchmark, "multipole_attention", slightly_wrong)
-    assert benchmark.main(["operator", "--grids", "16", "--out", str(tmp_path / "rows.csv")]) == 1
+    assert main(["operator", "--sizes", "16", "--out", str(tmp_path / "rows.csv")]) == 1
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("error: torch backend, linear, float32, cpu: out is") and "\n" not in errors
     assert not (tmp_path / "rows.csv").exists()
 
 
 def test_interrupted_benchmark_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    from tools import benchmark
+    from benchmarks.__main__ import main
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness, "measure", interrupt)
     words = ["model", "--models", "fma2d_nano", "--sizes", "64", "--out", str(tmp_path / "rows.csv")]
-    assert benchmark.main(words) == 130
+    assert main(words) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
 
 

@@ -4,10 +4,8 @@ import functools
 import sys
 from collections.abc import Callable
 
-from benchmarks.records import RecordsError
-
 GOES_ON = "interrupted; the same command goes on where it stopped"
-OURS = ("benchmarks", "fma2d", "tools")
+OURS = ("benchmarks", "fma2d", "research", "tools")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where the name is another than that of the import
 
 
@@ -21,7 +19,7 @@ def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callab
     An error that the user can act on is also a package that is imported in `main` and not installed.
 
     Args:
-        errors: whose message is all that is said, as that of `InputError` and `RecordsError`; others are bugs, with
+        errors: whose message is all that is said, as that of `InputError`; others are bugs, with
             a traceback.
         interrupted: said for Ctrl-C; what is kept, and how to go on.
     """
@@ -31,7 +29,7 @@ def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callab
         def tool(argv: list[str] | None = None) -> int:
             try:
                 return main(argv) or 0
-            except (InputError, RecordsError, *errors) as error:
+            except (InputError, *errors) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             except ModuleNotFoundError as error:
