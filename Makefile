@@ -4,7 +4,7 @@
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 VENV_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fma2d
-RUN = PYTHONPATH="$(CURDIR)" .venv/bin/python
+RUN = .venv/bin/python
 # Two processes of one thread each: two threads beside another busy process are many times slower than one.
 TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal --durations=15
 
