@@ -13,7 +13,7 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from benchmarks import model_benchmark, operator_benchmark, segmentation_benchmark, text_benchmark, vit_benchmark
+from benchmarks import model_benchmark, operator_benchmark, segmentation_benchmark, text_cache, vit_benchmark
 from benchmarks.figures import write_figures
 from benchmarks.harness import GateError, Limits, Task, idle_cpus, run
 from benchmarks.records import ROOT, Results, read_rows
@@ -26,9 +26,7 @@ BENCHMARKS = dict(
     model=model_benchmark,
     segmentation=segmentation_benchmark,
     vit=vit_benchmark,
-    text=text_benchmark,
 )
-TEXT_MODELS = (("fma", 4), ("full", 0), ("local", 0), ("fma", 1), ("mean", 4))  # attention and rank
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,14 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="measure what the file holds already, too")
     add("--out", type=Path, help="results file (benchmarks/results/BENCHMARK.csv)")
 
-    batched = argparse.ArgumentParser(add_help=False)
-    batched.add_argument("--batch", nargs="+", type=positive, default=[1], help="one, or one for each size (1)")
-    attention = argparse.ArgumentParser(add_help=False, parents=[batched])
+    attention = argparse.ArgumentParser(add_help=False)
     add = attention.add_argument
+    add("--batch", nargs="+", type=positive, default=[1], help="one, or one for each size (1)")
     add("--cell-size", type=positive, default=8, help="of FMA2D: tokens per side of a base cell (8)")
     add("--rank", type=positive, default=4, help="of FMA2D: summary tokens per coarse cell (4)")
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
 
     def options(name: str, about: str, *parents: argparse.ArgumentParser, modes: Sequence[str] = (), default=None):
@@ -89,11 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sizes", nargs="+", type=positive, default=[224, 512, 1024], help="pixels, to the next patch (224 512 1024)")
     add("--models", nargs="+", default=vit_benchmark.DEFAULT, help=f"timm ViTs ({names})")
 
-    lengths = [2**i for i in range(8, 15)]
-    about = "text models, against other attentions on the same skeleton"
-    add = options("text", about, batched, modes=text_benchmark.MODES)
-    add("--sizes", nargs="+", type=positive, default=lengths, help="tokens (256 to 16384, powers of two)")
-
+    which.add_parser("text", add_help=False, help="a generated token, against a cache of all keys and values")
     add = which.add_parser("draw", help="figures of time and memory from results files").add_argument
     add("results", nargs="+", type=Path, help="CSV files, such as benchmarks/results/operator.csv")
     add("--out", type=Path, help="folder of the PNGs (beside the first file)")
@@ -138,7 +133,7 @@ def plan(args: argparse.Namespace) -> list[Task]:
     found = []
     for size, batch in sorted(zip(args.sizes, batches, strict=True)):
         sizes = [(size, size)] if args.benchmark == "operator" else [size]
-        subjects = [args.models] if "models" in args else [TEXT_MODELS] if args.benchmark == "text" else []
+        subjects = [args.models] if "models" in args else []
         found += BENCHMARKS[args.benchmark].tasks(*subjects, sizes, batch=batch, **setting)
     return found
 
@@ -154,7 +149,10 @@ def draw(args: argparse.Namespace) -> int:
 @ending(GateError, interrupted=GOES_ON)
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 1 if a row fails."""
-    args = parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["text"]:  # whose rows have columns, and whose figure has axes, of their own
+        return text_cache.main(words[1:])
+    args = parse(words)
     if args.benchmark == "draw":
         return draw(args)
     idle_cpus()  # warns

@@ -179,15 +179,16 @@ def commit() -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!research/results")
         return git("rev-parse", "--short", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
 def command() -> str:
-    """The command line of this run, the program's path relative to the repository, or a package's name after -m."""
+    """The command line of this run, the program's path relative to the repository, or a module's name after -m."""
     program = Path(sys.argv[0]).resolve()
     name = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else program.name
-    words = ["-m", program.parent.name] if program.name == "__main__.py" else [name]
+    module = name.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    words = ["-m", module] if module.startswith(("benchmarks", "research")) else [name]
     return shlex.join([*words, *sys.argv[1:]])

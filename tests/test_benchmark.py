@@ -258,18 +258,17 @@ def test_macs_of_attention_are_counted_by_its_pairs():
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, capsys):
+def test_demo(tmp_path, capfd):
+    from PIL import Image
+
     from tools import demo
 
     assert demo.main(["--sizes", "64", "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "attention.png",
-        "cover.png",
-        "demo.csv",
-        "model_inference.png",
-        "scene.png",
-        "segmentation",
-    }
-    assert (tmp_path / "segmentation" / "scene_overlay.png").is_file()
-    printed = capsys.readouterr().out
-    assert "64x64" in printed and "random" in printed and "16 at stride 16" in printed
+    pictures = {"attention.png", "cover.png", "model_inference.png", "scene.png"}
+    assert {path.name for path in tmp_path.iterdir()} == pictures | {"demo.csv", "segmentation"}
+    rows = read_rows(tmp_path / "demo.csv")
+    assert [(row["name"], row["status"]) for row in rows] == [(name, "ok") for name in demo.MODELS]
+    scene, overlay = (Image.open(tmp_path / name) for name in ("scene.png", "segmentation/scene_overlay.png"))
+    assert scene.size == overlay.size and scene.tobytes() != overlay.tobytes()
+    printed = capfd.readouterr().out
+    assert all(f"{name} " in printed for name in demo.MODELS)

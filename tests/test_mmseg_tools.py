@@ -17,7 +17,8 @@ from mmseg.datasets import ADE20KDataset
 from PIL import Image
 from safetensors import safe_open
 
-from tools import check_dataset, compare_scenes, make_scenes, mmseg_runs, test, train
+from research import compare_scenes
+from tools import check_dataset, make_scenes, mmseg_runs, test, train
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x128.py"

@@ -8,7 +8,6 @@ Standard library only.
 
 import argparse
 import hashlib
-import os
 import shutil
 import subprocess
 import sys

@@ -68,14 +68,12 @@ def cases(rows: Sequence[dict]) -> list[tuple[str, str, str, str]]:
 
 
 def origin(rows: Sequence[dict]) -> str:
-    """Where rows come from, in a line: machine, versions, commits, commands."""
+    """Where rows come from, in a line: machine and versions; the files tell commits and commands."""
 
     def values(name: str) -> str:
         return ", ".join(dict.fromkeys(row[name] for row in rows))
 
-    commands = "; ".join(dict.fromkeys(f"`python {row['command']}`" for row in rows))
-    where = f"{values('machine')}, threads: {values('threads')}, torch {values('torch')}, timm {values('timm')}"
-    return f"{where}, commit {values('commit')}; {commands}"
+    return f"{values('machine')}, threads: {values('threads')}, torch {values('torch')}, timm {values('timm')}"
 
 
 def training_of(rows: Sequence[dict]) -> str:

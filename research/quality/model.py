@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from functools import cache
-from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fma2d.backbone import FMA2DBackbone
-from fma2d.baselines import DenseAttention, NearFieldAttention, SpatialReductionAttention, WindowAttention
+from fma2d.baselines import DenseAttention, SpatialReductionAttention
 from fma2d.geometry import num_levels
 from fma2d.modules import FMA2d
 from tools.ending import InputError
 
-from .dense import DenseFMA2d
+from ..attention_layers import NearFieldAttention, WindowAttention
 from .tasks import Task
 
 # The name in files and its meaning; those with a far field of coarse levels first.
@@ -34,7 +33,6 @@ FAR_FIELD = dict(
 )
 MLP_RATIO = 4.0  # of linear FMA, whose parameters the others are given
 TOLERANCE = 0.03  # by which parameters may differ
-MATRIX_TOKENS = 256  # up to so many tokens FMA runs as one full matrix, which is faster there
 
 
 class TokenClassifier(nn.Module):
@@ -80,8 +78,7 @@ def build(task: Task, variant: str, cell_sizes: Sequence[int], rank: int, mlp_ra
     def attention(dim: int, heads: int, stage: int, block: int) -> nn.Module:
         cell = cell_sizes[stage]
         if variant in FAR_FIELD:
-            form = DenseFMA2d if prod(task.grids[stage]) <= MATRIX_TOKENS else FMA2d
-            return form(dim, heads, cell, rank, levels=stage_levels[stage], **FAR_FIELD[variant])
+            return FMA2d(dim, heads, cell, rank, levels=stage_levels[stage], **FAR_FIELD[variant])
         if variant == "near":
             return NearFieldAttention(dim, heads, cell_size=cell)
         if variant == "window":

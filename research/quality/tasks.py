@@ -84,22 +84,6 @@ def digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (images[rows], data.target[rows]) for name, rows in (("train", train), ("test", test))}
 
 
-def enlarged_digits(images: np.ndarray, labels: np.ndarray, size: int) -> Batch:
-    """Digits of 8 x 8 pixels brought to `size`, values about -1 to 1."""
-    large = F.interpolate(torch.from_numpy(images)[:, None], size=(size, size), mode="bicubic")
-    return large * 2 - 1, torch.from_numpy(labels)
-
-
-def draw_digits(rng: Generator, count: int, size: int) -> Batch:
-    """Digits of the training part, moved by up to a twelfth of the image on each axis."""
-    images, labels = digits()["train"]
-    chosen = rng.integers(len(images), size=count)
-    x, y = enlarged_digits(images[chosen], labels[chosen], size)
-    reach = size // 12
-    moves = rng.integers(-reach, reach + 1, size=(count, 2)).tolist()
-    return torch.stack([image.roll(move, (1, 2)) for image, move in zip(x, moves, strict=True)]), y
-
-
 CANVAS = 48  # pixels a side of "look afar", 12 x 12 tokens
 
 
@@ -199,20 +183,6 @@ TASKS = {
             lr=2e-3,
             labels_tokens=True,
             head_dim=24,
-        ),
-        Task(
-            "digits",
-            "scikit-learn's digits (1437 for training, 360 for test), 48 px",
-            lambda rng, count: draw_digits(rng, count, 48),
-            lambda: enlarged_digits(*digits()["test"], 48),
-            classes=10,
-            size=48,
-            dims=(32, 48),
-            depths=(2, 2),
-            cell_sizes=(2, 2),
-            reductions=(2, 1),
-            steps=300,
-            lr=2e-3,
         ),
         Task(
             "scenes",

@@ -4,13 +4,12 @@ The layers: Fast Multipole Attention, linear, log-linear, and linear with mean a
 (Swin's, shifted in every second block); spatial reduction (MiT's); full attention. All get the same blocks, steps and
 batches, and parameters within 3 % (the width of the Mix-FFN is adapted).
 
-    python tools/compare_attention.py                # small form: digits and generated scenes
-    python tools/compare_attention.py --form large   # generated long-range tasks: look afar, dashed paths
-    python tools/compare_attention.py --sweep        # cell size and rank: score, and the operator's time and memory
-    python tools/compare_attention.py --report       # tables, figures and docs/quality.md from the files, no training
+    python -m research.compare_attention             # all tasks: generated scenes, look afar, dashed paths
+    python -m research.compare_attention --sweep     # cell size and rank: score, and the operator's time and memory
+    python -m research.compare_attention --report    # tables and figures from the files, no training
 
 Finished runs are in the results files and are not made again; a run that was stopped goes on from its last saved point.
-The tasks are small, and but for the digits generated: what is learned on them says little about photographs.
+The tasks are small and generated: what is learned on them says little about photographs.
 """
 
 import argparse
@@ -19,36 +18,33 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tqdm import tqdm
 
 from benchmarks import operator_benchmark
 from benchmarks.harness import GateError, Limits
 from benchmarks.harness import run as measure
-from benchmarks.records import ROOT, Results, commit
+from benchmarks.records import ROOT, Results, append_rows
 from benchmarks.records import read_rows as read_costs
 from fma2d.geometry import tiling
-from tools import approximation
 from tools.ending import GOES_ON, ending
-from tools.quality import report, runs
-from tools.quality.model import VARIANTS, matched_ratio
-from tools.quality.tasks import TASKS
 
-FORMS = dict(small=("digits", "scenes"), large=("look_afar", "dashed_64", "dashed_128"))
+from . import approximation
+from .quality import report, runs
+from .quality.model import VARIANTS, matched_ratio
+from .quality.tasks import TASKS
+from .trials import FIGURES, RESULTS, make_missing
+
 SEEDS = (0, 1)
 SWEEP_TASK = "look_afar"
-NOT_RUN = "*Not run yet: there is no such row in `benchmarks/results`.*"
-PAGE = ROOT / "docs" / "quality.md"
-FIGURES = ROOT / "docs" / "figures"
+NOT_RUN = "*Not run yet: there is no such row in `research/results`.*"
+PAGE = ROOT / "research" / "quality.md"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; what is not given follows from the form."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--form", choices=FORMS, default="small", help="which tasks, where none are given (small)")
-    add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     add("--variants", nargs="+", choices=VARIANTS, metavar="LAYER", help=f"of {', '.join(VARIANTS)} (all)")
     add("--seeds", nargs="+", type=int, help="(0 1; in a sweep 0)")
     add("--steps", type=int, help="of a run, a multiple of 10 (each task's own)")
@@ -58,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--side", type=int, default=64, help="tokens a side at which a sweep measures the operator (64; 0: not at all)")
     add("--report", action="store_true", help="train nothing")
     add("--output", type=Path, default=ROOT / "out" / "quality", help="folder of the runs' states (out/quality)")
-    add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSVs (benchmarks/results)")
+    add("--results", type=Path, default=RESULTS, help="folder of the CSVs (research/results)")
     args = parser.parse_args(argv)
     if not args.sweep and (args.cell_size or args.rank):
         parser.error("--cell-size and --rank are for --sweep; a comparison has each task's own")
@@ -73,9 +69,9 @@ def plan(args: argparse.Namespace) -> list[runs.Run]:
     """The runs that were asked for, each checked before any work.
 
     Raises:
-        InputError: for a comparison that would say nothing, see `tools.quality.model.levels` and `matched_ratio`.
+        InputError: for a comparison that would say nothing, see `research.quality.model.levels` and `matched_ratio`.
     """
-    names = args.tasks or ([SWEEP_TASK] if args.sweep else FORMS[args.form])
+    names = args.tasks or ([SWEEP_TASK] if args.sweep else TASKS)
     seeds = args.seeds or ([0] if args.sweep else SEEDS)
     variants = args.variants or (report.SWEEP_VARIANTS if args.sweep else VARIANTS)
     cells = args.cell_size or ([1, 2, 4] if args.sweep else [None])
@@ -103,24 +99,20 @@ def can_learn(cell_size: int, rank: int) -> bool:
 
 
 def train(planned: Sequence[runs.Run], output: Path, results: Path, curves: Path) -> None:
-    """Make the runs that the results file does not hold, each one's rows appended as it ends."""
-    done = {runs.key_of(row) for row in runs.read_rows(results, runs.COLUMNS)}
-    missing = [run for run in planned if run.key not in done]
-    print(f"{len(planned)} runs, {len(planned) - len(missing)} of them in {results}")
-    if not missing:
-        return
-    commit()  # cached: what is written later is of the code that runs now
-    with tqdm(total=sum(run.steps for run in missing), unit="step", dynamic_ncols=True, mininterval=5) as bar:
-        for i, run in enumerate(missing, 1):
+    """Make the runs that the results file does not hold, each one's row and curve kept as it ends."""
+    with tqdm(unit="step", dynamic_ncols=True, mininterval=5) as bar:
 
-            def progress(steps: int, score: float | None, shown: str = f"{i}/{len(missing)} {run}") -> None:
-                bar.set_description(shown if score is None else f"{shown}: {score:.1f} %", refresh=False)
+        def make(run: runs.Run, place: str) -> dict[str, str]:
+            def progress(steps: int, score: float | None) -> None:
+                bar.set_description(f"{place} {run}" + ("" if score is None else f": {score:.1f} %"), refresh=False)
                 bar.update(steps)
 
             row, points = runs.train(run, output / run.folder, progress)
-            runs.keep_rows(curves, runs.CURVE_COLUMNS, points)
-            runs.keep_rows(results, runs.COLUMNS, [row])
+            append_rows(curves, runs.CURVE_COLUMNS, [runs.as_row(point, runs.CURVE_COLUMNS) for point in points])
             bar.write(f"{run}: {TASKS[run.task].measure} {float(row['score']):.1f} %, {row['cpu_seconds']} s of CPU")
+            return row
+
+        make_missing(planned, results, runs.COLUMNS, runs.KEY, lambda run: run.key, make)
 
 
 def measure_operator(planned: Sequence[runs.Run], side: int, path: Path) -> None:
@@ -186,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks = [] if args.sweep else dict.fromkeys(run.task for run in planned)
         if args.sweep and args.side:
             measure_operator(planned, args.side, args.results / "quality_operator.csv")
-    own = args.results.resolve() == ROOT / "benchmarks" / "results"
+    own = args.results.resolve() == RESULTS
     recorded = Recorded(args.results)
     write_reports(recorded, FIGURES if own else args.results, tasks, args.sweep or args.report)
     if own:

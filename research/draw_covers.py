@@ -1,16 +1,13 @@
-"""Draws the covers of docs/operator.md and docs/configuration.md: `python docs/draw_covers.py` writes docs/figures/."""
+"""Draws the covers of the documentation: `python -m research.draw_covers` writes docs/figures/."""
 
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from fma2d import num_levels
 from fma2d.visualize import draw_cover
 
-FOLDER = Path(__file__).resolve().parent / "figures"
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
 
 
 def in_a_row(name, panels):

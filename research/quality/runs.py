@@ -155,7 +155,7 @@ def trained_model(state_file: Path) -> tuple[nn.Module, Run]:
     """
     state = load_state(state_file)
     if "run" not in state or state["training"]["epoch"] < POINTS:
-        raise InputError(f"{state_file} is not the state of a finished run of tools/compare_attention.py")
+        raise InputError(f"{state_file} is not the state of a finished run of research.compare_attention")
     run = Run(**state["run"])
     model = build(TASKS[run.task], run.variant, run.cells, run.rank, state["mlp_ratio"])
     model.load_state_dict(state["training"]["model"])
@@ -199,7 +199,12 @@ def finished_row(run: Run, model: nn.Module, ratio: float, scores: dict, seconds
         measure=task.measure,
         cpu_seconds=f"{seconds:.0f}",
     )
-    return {name: as_text((row | scores | records.origin())[name]) for name in COLUMNS}
+    return as_row(row | scores | records.origin(), COLUMNS)
+
+
+def as_row(values: dict, columns: Sequence[str]) -> dict[str, str]:
+    """A row of a file from these values and others."""
+    return {name: as_text(values[name]) for name in columns}
 
 
 def as_text(value) -> str:
@@ -212,13 +217,3 @@ def as_text(value) -> str:
 def read_rows(path: Path, columns: Sequence[str], key: Sequence[str] = (*KEY, "step")) -> list[dict[str, str]]:
     """The rows of a file, the last of each key (of which a name without a column is no part); [] without a file."""
     return records.latest(records.read_rows(path, columns), key)
-
-
-def key_of(row: dict[str, str]) -> tuple[str, ...]:
-    """The key of the run that a row is of."""
-    return tuple(row[name] for name in KEY)
-
-
-def keep_rows(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
-    """Append these columns of rows, numbers in few digits."""
-    records.append_rows(path, columns, [{name: as_text(row[name]) for name in columns} for row in rows])

@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 from statistics import mean
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from mmengine.registry import MODELS
 
 from benchmarks.harness import text_table
-from benchmarks.records import ROOT, append_rows, children_seconds, origin, read_rows
+from benchmarks.records import ROOT, children_seconds, origin, read_rows
 from tools.ending import ending
 from tools.make_scenes import LABELS, LONG_RANGE
 from tools.mmseg_runs import read_config, replace_sync_bn
+
+from .trials import RESULTS, make_missing
 
 CONFIGS = sorted((ROOT / "configs" / "scenes").glob("*.py"))
 NAMES = [name for name, label in LABELS.items() if label]
@@ -39,27 +39,22 @@ def main(argv: list[str] | None = None) -> int:
     add("--configs", nargs="+", type=Path, default=CONFIGS, help="to train (all of configs/scenes)")
     add("--data-root", type=Path, default=ROOT / "data" / "scenes", help="see tools/make_scenes.py (data/scenes)")
     add("--output", type=Path, default=ROOT / "work_dirs", help="folder for the runs' folders (work_dirs)")
-    add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "scenes.csv", help="file to append to")
+    add("--results", type=Path, default=RESULTS / "scenes.csv", help="file to append to")
     args = parser.parse_args(argv)
-    rows = read_rows(args.results, COLUMNS)
-    done = {row["config"] for row in rows}
-    for config in args.configs:
-        if config.stem in done:
-            continue
-        row = train(config, args.data_root, args.output / config.stem)
-        if row is None:
-            return 1
-        rows.append(row)
-        append_rows(args.results, COLUMNS, [row])
-    print(table(rows))
-    return 0
+
+    def make(config: Path, place: str) -> dict | None:
+        print(f"\n{place} {config.stem}", flush=True)
+        return train(config, args.data_root, args.output / config.stem)
+
+    complete = make_missing(args.configs, args.results, COLUMNS, ["config"], lambda config: (config.stem,), make)
+    print(table(read_rows(args.results, COLUMNS)))
+    return 0 if complete else 1
 
 
 def train(config: Path, data_root: Path, folder: Path) -> dict | None:
     """One run; None if it fails."""
     places = [f"{split}_dataloader.dataset.data_root={data_root}" for split in ("train", "val", "test")]
     command = ["tools/train.py", str(config), "--work-dir", str(folder), "--cfg-options", *places]
-    print(f"\n{config.stem}", flush=True)
     start, cpu_start = time.monotonic(), children_seconds()
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
         return None
