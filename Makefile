@@ -9,7 +9,7 @@ RUN = .venv/bin/python
 TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs clean venv
+.PHONY: help demo test test-all lint types docs clean venv
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,6 +27,10 @@ test-all: lint  ## style, and all tests
 lint: venv  ## style and format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: venv  ## the types of the library, by mypy, which the clone's environment gets the first time
+	@$(RUN) -c "import mypy" 2>/dev/null || $(RUN) -m pip install -q mypy
+	$(RUN) -m mypy
 
 docs: venv  ## the documentation, into site/; stops at any warning
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
