@@ -91,6 +91,20 @@ def test_what_goes_wrong_in_the_worker_has_a_name(monkeypatch):
         in_this_process("broken", monkeypatch)
 
 
+def test_times_are_the_deciles_of_the_calls_after_the_first(monkeypatch):
+    calls = iter([0.9, *(0.001 * n for n in range(1, 12)), *[0.5] * 1000])
+    monkeypatch.setattr(worker, "_timed", lambda *_: (next(calls), None))
+    monkeypatch.setattr(worker, "MAX_REPEATS", 11)
+    monkeypatch.setattr(worker, "_limit_memory", lambda gib: None)
+    order = {name: getattr(task("sized"), name) for name in ("build", "subject", "device", "dtype", "extra")}
+    row = worker.answer(order | dict(threads=None, memory_gib=None, repeat_seconds=1.0))
+    assert [row[name] for name in ("repeats", "q10_ms", "median_ms", "q90_ms")] == [11, "2", "6", "10"]
+    # One that takes longer than it is to be repeated for is the only one.
+    calls = iter([2.0, 1.0])
+    row = worker.answer(order | dict(threads=None, memory_gib=None, repeat_seconds=1.0))
+    assert [row[name] for name in ("repeats", "median_ms")] == [1, "2000"]
+
+
 def test_the_device_that_runs_is_awaited(monkeypatch):
     """Only the current device was, cuda:0, so that times on another were those of starting the work."""
     awaited = []
@@ -245,6 +259,31 @@ def test_model_benchmark_builds_and_checks(mode):
             work.check(logits * torch.nan)
         facts = work.facts()
         assert facts["tokens"] == 2 * 16 * 16 and facts["params"] > 3e6 and facts["macs"] > 5e7
+
+
+def test_models_are_compared_with_the_swin_of_their_size_and_batch():
+    from benchmarks.figures import cost_figure
+    from benchmarks.model_benchmark import table
+
+    blank = dict.fromkeys(COLUMNS, "") | dict(benchmark="model", mode="inference", dtype="float32", device="cpu")
+    blank |= dict(height="64", width="64", tokens="256", params="2000000", macs="3000000000", status="ok")
+    measured = (
+        ("swin_tiny_patch4_window7_224", "1", "200", "10", "30"),
+        ("fma2d_tiny", "1", "100", "20", "60"),
+        ("swin_tiny_patch4_window7_224", "4", "400", "10", "90"),
+        ("fma2d_tiny", "4", "800", "20", "30"),
+    )
+    names = ("name", "batch", "median_ms", "base_mib", "peak_mib")
+    rows = [blank | dict(zip(names, values, strict=True)) for values in measured]
+    rows[1]["variant"] = rows[3]["variant"] = "linear"
+    lines = [line.split() for line in table(rows).splitlines()[2:]]
+    assert [line[-7:] for line in lines if line[2] == "fma2d_tiny"] == [
+        ["3.0", "100", "10.00", "20", "60", "0.50", "2.00"],
+        ["3.0", "800", "5.00", "20", "30", "2.00", "0.50"],
+    ]
+    time, memory = cost_figure(rows[:2]).axes
+    assert [line.get_ydata()[0] for line in time.lines] == [0.2, 0.1]
+    assert [line.get_ydata()[0] for line in memory.lines] == [40, 80]
 
 
 def test_macs_of_attention_are_counted_by_its_pairs():

@@ -1,5 +1,6 @@
 """The comparison of attention layers: its tasks, its rules, its runs and its reports."""
 
+import copy
 import csv
 import dataclasses
 
@@ -123,6 +124,11 @@ def test_the_error_is_that_of_the_heads_outputs_before_the_projection():
     assert 0.01 < wrong / whole < 1
     near = approximation.stand_in(full, (6, 6), 3, 1, "linear")
     assert approximation.squares(near, full, x)[0] < 1e-8 * whole
+    # One number of both layers: the second has no level and does not count.
+    model = torch.nn.ModuleList([full, copy.deepcopy(full)])
+    assert approximation.error([layer, near], model, [x, x]) == pytest.approx((wrong / whole).sqrt().item())
+    kinds = [type(layer) for layer in approximation.swapped(model, [layer, near])]
+    assert kinds == [fma2d.FMA2d] * 2 and {type(layer) for layer in model} == {DenseAttention}
 
 
 def test_near_field_is_that_of_the_cover():
@@ -132,6 +138,35 @@ def test_near_field_is_that_of_the_cover():
         near, _ = fma2d.cover(grid, cell_size, token)
         row = mask[token[0] * grid[1] + token[1]].view(grid)
         assert sorted(map(tuple, row.nonzero().tolist())) == near
+
+
+def test_scores_are_those_counted_by_hand():
+    """Of four tokens of class 0, two of 1 and one of 2: hits 3, 1 and 1; one more is not to be counted."""
+    labels = torch.tensor([[[0, 0, 0, 0], [1, 1, 2, tasks.IGNORE]]])
+    guesses = torch.tensor([[[0, 0, 0, 1], [1, 0, 2, 2]]])
+    logits = 20.0 * F.one_hot(guesses, 3).movedim(-1, 1)
+    few = dict(classes=3, test=lambda: (torch.zeros(1, 1, 8, 16), labels), long_range=(1, 2))
+    net = torch.nn.Module()
+    net.forward = lambda images: logits
+    scores = [runs.evaluate(net, dataclasses.replace(LOOK_AFAR, measure=m, **few)) for m in ("accuracy", "mIoU")]
+    ious = (3 / 5, 1 / 3, 1.0)
+    assert scores[0]["score"] == pytest.approx(100 * 5 / 7) and scores[0]["long_range"] is None
+    assert scores[1]["score"] == pytest.approx(100 * sum(ious) / 3)
+    assert scores[1]["long_range"] == pytest.approx(100 * (ious[1] + ious[2]) / 2)
+    assert scores[0]["val_loss"] == pytest.approx(20 * 2 / 7, rel=1e-4)
+
+
+def test_runs_differ_by_their_seed_and_learn(small):
+    batches = [next(iter(runs.Batches(small, seed, first, 1)))[0] for seed, first in ((0, 0), (1, 0), (0, 1), (0, 0))]
+    assert torch.equal(batches[0], batches[3])
+    assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+    (one, training), (other, _) = (runs.make_training(runs.make_run(small, "near", seed, 10), 4.0) for seed in (0, 1))
+    before = one.classifier.weight.clone()
+    assert not torch.equal(before, other.classifier.weight)
+    for _ in range(2):  # the first is the warm-up
+        training.train_epoch(runs.Batches(small, 0, training.epoch, 1), lambda *_: False)
+    moved = (one.classifier.weight - before).abs().max()
+    assert 0.1 * small.lr < moved < 2.1 * small.lr  # a step of Adam is about the rate
 
 
 @pytest.mark.parametrize("task", tasks.TASKS.values(), ids=str)
