@@ -29,10 +29,10 @@ from fma2d import FMA2d, num_levels
 from fma2d.baselines import DenseAttention
 from tools.ending import InputError, ending
 
+from . import FIGURES, RESULTS
 from .quality import report, runs
 from .quality.model import VARIANTS
 from .quality.tasks import TASKS, Task
-from .trials import FIGURES, RESULTS
 
 SETTING = ("task", "variant", "cell_size", "rank", "kernels", "level")
 COLUMNS = (*SETTING, "error", "score", "full_score", "tune_steps", *runs.ORIGIN)

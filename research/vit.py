@@ -33,7 +33,7 @@ from tools.arguments import positive
 from tools.ending import ending
 from tools.training.model import no_model
 
-from .trials import RESULTS
+from . import RESULTS
 
 ORIGIN = ("torch", "timm", "fma2d", "commit", "command")
 

@@ -186,7 +186,7 @@ def test_parameters_that_cannot_agree_are_refused():
 
 
 def test_a_comparison_without_coarse_levels_is_refused(tmp_path, capsys):
-    assert compare_attention.main(words(tmp_path, "--sweep", "--cell-size", "6", "--rank", "1")) == 1
+    assert compare_attention.main(words(tmp_path, "--cell-size", "6")) == 1
     assert "look_afar: no stage has a coarse level (12 x 12 tokens in cells of 6)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert compare_attention.main(words(tmp_path, "--steps", "15")) == 1
@@ -269,12 +269,6 @@ def test_tables_tell_seeds_and_means():
     ]
     rows.append(rows[2] | dict(rank="4", score="95.0"))
     assert report.comparison(rows, "look_afar") == (header, lines)
-    cost = dict(variant="linear", cell_size="2", rank="4", status="ok", median_ms="7.1", peak_mib="3.0")
-    _, lines = report.sweep_table(report.swept(rows, "look_afar"), [cost])
-    assert [line[1:3] + line[4:] for line in lines] == [
-        ["2", "1", "90.5", "90.5", "-", "-"],
-        ["2", "4", "95.0", "95.0", "7", "3"],
-    ]
     page = report.fill_page("a\n<!-- look_afar -->\nold\n<!-- end -->\nb", {"look_afar": lambda: "new"})
     assert page == "a\n<!-- look_afar -->\nnew\n<!-- end -->\nb"
     with pytest.raises(InputError, match="the page asks for other"):

@@ -15,7 +15,6 @@ from .model import FAR_FIELD, VARIANTS
 from .tasks import TASKS
 
 Table = tuple[list[str], list[list[str]]]  # header, lines
-SWEEP_VARIANTS = ("linear", "loglinear")
 
 
 def comparison(rows: Sequence[dict], task: str) -> Table:
@@ -47,15 +46,6 @@ def compared(rows: Sequence[dict], task: str) -> list[dict]:
     return [row for row in rows if (row["task"], row["cell_sizes"], row["rank"]) == own]
 
 
-def swept(rows: Sequence[dict], task: str) -> list[dict]:
-    """The rows of a task with learned kernels, of the steps and seeds that several cell sizes or ranks have."""
-    learned = [row for row in rows if row["task"] == task and row["variant"] in SWEEP_VARIANTS]
-    settings: dict[tuple, set] = {}
-    for row in learned:
-        settings.setdefault((row["steps"], row["seed"]), set()).add((row["cell_sizes"], row["rank"]))
-    return [row for row in learned if len(settings[row["steps"], row["seed"]]) > 1]
-
-
 def case_of(row: dict) -> tuple[str, str, str, str]:
     """What the runs of one line have in common: all but the seed."""
     return row["variant"], row["steps"], row["cell_sizes"], row["rank"]
@@ -80,23 +70,6 @@ def training_of(rows: Sequence[dict]) -> str:
     """How the runs of rows were trained, in a line."""
     [images], [rate] = ({row[name] for row in rows} for name in ("batch_size", "lr"))
     return f"{images} images a step, AdamW, learning rate {rate}"
-
-
-def sweep_table(rows: Sequence[dict], costs: Sequence[dict]) -> Table:
-    """A line for each cell size, rank and variant: levels, scores, and the operator's time and memory where known."""
-    known = {(c["variant"], c["cell_size"], c["rank"]): c for c in costs if c["status"] == "ok"}
-    cases = {(c["variant"], c["cell_size"], c["rank"]) for c in costs}
-    cases |= {(row["variant"], row["cell_sizes"].split()[0], row["rank"]) for row in rows}
-    header = ["variant", "cell size", "rank", "`L` per stage", "score of seeds, %", "mean", "operator, ms", "peak MiB"]
-    lines = []
-    for variant, cell, rank in sorted(cases, key=lambda case: (case[0], int(case[1]), int(case[2]))):
-        runs = [r for r in rows if (r["variant"], r["cell_sizes"].split()[0], r["rank"]) == (variant, cell, rank)]
-        scores, cost = [float(r["score"]) for r in runs], known.get((variant, cell, rank))
-        line = [VARIANTS[variant], cell, rank, runs[0]["levels"] if runs else "-"]
-        line += [" ".join(f"{s:.1f}" for s in scores) or "-", f"{mean(scores):.1f}" if scores else "-"]
-        line += [f"{float(cost['median_ms']):.0f}", f"{float(cost['peak_mib']):.0f}"] if cost else ["-", "-"]
-        lines.append(line)
-    return header, lines
 
 
 def curves_figure(points: Sequence[dict], task: str) -> Figure:
@@ -133,57 +106,6 @@ def draw_seeds(axes: Axes, points: Sequence[dict], column: str, **style) -> None
     for seed in dict.fromkeys(point["seed"] for point in points):
         own = [point for point in points if point["seed"] == seed]
         axes.plot([int(point["step"]) for point in own], [float(point[column]) for point in own], **style)
-
-
-def sweep_figure(rows: Sequence[dict], costs: Sequence[dict]) -> Figure:
-    """Heat maps of score, time and memory over cell size and rank, a row of them for each variant."""
-    score: dict[tuple, list[float]] = {}
-    for row in rows:
-        place = (row["variant"], int(row["cell_sizes"].split()[0]), int(row["rank"]))
-        score.setdefault(place, []).append(float(row["score"]))
-    done = [cost for cost in costs if cost["status"] == "ok"]
-    places = [(cost["variant"], int(cost["cell_size"]), int(cost["rank"])) for cost in done]
-    panels = [("score, %", {place: mean(scores) for place, scores in score.items()}, "viridis")]
-    for title, column in (("operator, ms", "median_ms"), ("operator, peak MiB", "peak_mib")):
-        figures = {place: float(cost[column]) for place, cost in zip(places, done, strict=True) if cost[column]}
-        if figures:
-            panels.append((title, figures, "magma_r"))
-    variants = list(dict.fromkeys(place[0] for _, values, _ in panels for place in values))
-    size = (4.2 * len(panels), 3.0 * len(variants) + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
-    for line, variant in zip(figure.subplots(len(variants), len(panels), squeeze=False), variants, strict=True):
-        for axes, (title, values, colours) in zip(line, panels, strict=True):
-            shown = {place[1:]: value for place, value in values.items() if place[0] == variant}
-            if not shown:
-                axes.set_axis_off()
-                continue
-            heat_map(axes, shown, colours, (min(values.values()), max(values.values())))
-            axes.set_title(f"{VARIANTS[variant]}: {title}", fontsize=9)
-    figure.supxlabel(sweep_setting(rows, costs), fontsize=8, color="0.35")
-    return figure
-
-
-def sweep_setting(rows: Sequence[dict], costs: Sequence[dict]) -> str:
-    """On what the scores and on what the costs of a sweep were found, in a line."""
-    names = [f"score: {row['task']}, {row['steps']} steps" for row in rows[:1]]
-    names += [f"operator: {cost['height']} x {cost['width']} tokens, {cost['mode']}, {cost['heads']} heads of "
-              f"{cost['head_dim']} channels" for cost in costs[:1]]  # fmt: skip
-    return "; ".join(names)
-
-
-def heat_map(axes: Axes, values: dict[tuple[int, int], float], colours: str, span: tuple[float, float]) -> None:
-    """Values by (cell size, rank), written into their squares; `span`: of the colours, from lowest to highest."""
-    cells, ranks = (sorted({place[i] for place in values}) for i in (0, 1))
-    grid = [[values.get((cell, rank), float("nan")) for cell in cells] for rank in ranks]
-    image = axes.imshow(grid, cmap=colours, aspect="auto", origin="lower", vmin=span[0], vmax=span[1])
-    for (cell, rank), value in values.items():
-        red, green, blue, _ = image.cmap(image.norm(value))
-        ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-        axes.text(cells.index(cell), ranks.index(rank), f"{value:.3g}", ha="center", va="center", color=ink, fontsize=9)
-    axes.set_xticks(range(len(cells)), cells)
-    axes.set_yticks(range(len(ranks)), ranks)
-    axes.set_xlabel("cell size")
-    axes.set_ylabel("rank")
 
 
 def markdown(table: Table) -> str:
