@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import timm
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor
-from torch.nn import functional as F
 
 import fma2d
 
-from .harness import GateError, Task, Work, text_table
-from .model_benchmark import CLASSES, count_macs
+from .harness import Task, Work, text_table
+from .model_benchmark import CLASSES, work_of
 from .records import total_mib
 
 DEFAULT = ["vit_small_patch16_224", "vit_small_patch14_reg4_dinov2"]
@@ -52,24 +50,7 @@ def build(*, benchmark, name, mode, height, width, batch, device, dtype, **optio
     like = dict(device=device, dtype=getattr(torch, dtype))
     model = create(name, height, **options).to(**like)
     images = torch.randn(batch, 3, *model.patch_embed.img_size, **like)
-
-    @torch.inference_mode()
-    def step() -> Tensor:
-        return model(images)
-
-    def check(logits: Tensor) -> None:
-        if logits.shape != (batch, CLASSES) or not logits.isfinite().all():
-            raise GateError(f"logits are not {batch} x {CLASSES} finite numbers")
-
-    def warm_up() -> None:
-        F.conv2d(images[..., :32, :32], torch.zeros(8, 3, 4, 4, **like)).flatten(2) @ torch.zeros(29 * 29, 8, **like)
-
-    def facts() -> dict:
-        tokens = batch * (model.num_prefix_tokens + model.patch_embed.num_patches)
-        parameters = sum(p.numel() for p in model.parameters())
-        return dict(tokens=tokens, params=parameters, macs=count_macs(model, images))
-
-    return Work(step=step, check=check, warm_up=warm_up, facts=facts)
+    return work_of(model, images, batch * (model.num_prefix_tokens + model.patch_embed.num_patches))
 
 
 def table(rows: list[dict]) -> str:
