@@ -21,7 +21,7 @@ from mmseg_cases import scenes as scenes
 from PIL import Image
 from safetensors import safe_open
 
-from tools import compare_scenes, make_scenes, mmseg_runs, test, train
+from tools import make_scenes, mmseg_runs, test, train
 
 SMALL_RUN = {
     "train_dataloader.batch_size": 2,
@@ -74,14 +74,6 @@ def test_scenes_are_written_once_and_whole(tmp_path, monkeypatch, capsys):
             make_scenes.main(other)
         assert "holds something else already; remove it" in capsys.readouterr().err
     assert out.stat().st_mtime_ns == before and [path.name for path in out.parent.iterdir()] == ["scenes"]
-
-
-def test_figures_are_those_of_the_last_validation():
-    names = [name for name in make_scenes.LABELS if name != "other"]
-    tables = ["per class results:\n| Class | IoU | Acc |\n", "per class results:\n| Class | IoU | Acc |\n"]
-    for offset, text in enumerate(tables):
-        tables[offset] = text + "".join(f"|  {name}  | {i + offset}.5 | 99.0 |\n" for i, name in enumerate(names))
-    assert compare_scenes.last_ious("".join(tables)) == {name: i + 1.5 for i, name in enumerate(names)}
 
 
 @pytest.mark.slow

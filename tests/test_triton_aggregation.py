@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from fma2d.aggregation import Aggregation, BlockSums, level_kernels
+from fma2d.ops.options import Options
 from operator_cases import assert_within_rule, random_kernels
 from operator_cases import one_thread as one_thread
 from triton_cases import DEVICE, on_a_device
 from triton_cases import poison as poison
 
-from fma2d.aggregation import Aggregation, BlockSums, level_kernels
 from fma2d.geometry import cell_side, num_levels
 from fma2d.ops import tiles, triton_aggregation
-from fma2d.ops.options import Options
 from fma2d.ops.triton_aggregation import Summaries
 
 pytestmark = on_a_device

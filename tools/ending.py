@@ -10,10 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.records import RecordsError
-
 GOES_ON = "interrupted; the same command goes on where it stopped"
-OURS = ("benchmarks", "fma2d", "tools")
+OURS = ("benchmarks", "fma2d", "research", "tools")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where the name is another than that of the import
 # Of an OSError: what the user's disk, folders and rights are the reason of, and no mistake of ours.
 DISK = {
@@ -33,7 +31,7 @@ def ending(*errors: type[Exception], interrupted: str = "interrupted") -> Callab
     written: to a full disk, or to a pipe that is closed.
 
     Args:
-        errors: whose message is all that is said, as that of `InputError` and `RecordsError`; others are bugs, with
+        errors: whose message is all that is said, as that of `InputError`; others are bugs, with
             a traceback.
         interrupted: said for Ctrl-C; what is kept, and how to go on.
     """
@@ -71,7 +69,7 @@ def say_anything() -> None:
 
 def told(error: Exception) -> str | None:
     """What to say of an error that the user can act on, one line; None for a bug."""
-    if isinstance(error, InputError | RecordsError):
+    if isinstance(error, InputError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]

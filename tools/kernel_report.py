@@ -24,6 +24,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported; the interp
 
 import torch
 import triton
+from fma2d.ops.options import Call, Options
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -33,7 +34,6 @@ from benchmarks.harness import text_table
 from benchmarks.records import write_rows
 from fma2d import num_levels, start_kernels
 from fma2d.ops import tiles, triton_backend
-from fma2d.ops.options import Call, Options
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OTHER_ARCHITECTURES = (80, 90)  # for all but the main configurations: one of each kind of matrix instruction

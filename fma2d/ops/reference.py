@@ -146,9 +146,7 @@ def _token_matrix(weights: Tensor, extent: int, side: int) -> Tensor:
     return torch.where(token // side == cell[:, None], weights[..., token % side].unsqueeze(-2), 0)
 
 
-def _summaries(
-    x: Tensor, kernels: Tensor, level: int, tokens_exist: Tensor, count: Tensor, options: Options
-) -> Tensor:
+def _summaries(x: Tensor, kernels: Tensor, level: int, tokens_exist: Tensor, count: Tensor, options: Options) -> Tensor:
     """Summary tokens of a level from tokens `[B, heads, *grid, head_dim]`: `[B, heads, entries, head_dim]`.
 
     `kernels`: of one kind, `[axes, rank, heads | 1, head_dim | 1, bins]`.

@@ -12,7 +12,7 @@ from math import lcm
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, avg_pool3d, pad
+from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from ...geometry import cell_side, subcell_counts, tiling
 from ...kernels import level_kernels, start_kernels
@@ -276,7 +276,9 @@ def _pool(x: Tensor, size: int) -> Tensor:
     elif x.dim() == 5:
         sums = avg_pool2d(channels, [min(size, n) for n in x.shape[1:3]], ceil_mode=True, divisor_override=1)
     else:
-        sums = avg_pool2d(channels.unsqueeze(2), (1, min(size, x.shape[1])), ceil_mode=True, divisor_override=1)[:, :, 0]
+        sums = avg_pool2d(channels.unsqueeze(2), (1, min(size, x.shape[1])), ceil_mode=True, divisor_override=1)[
+            :, :, 0
+        ]
     return sums.movedim(1, -1).unflatten(-1, x.shape[-2:])
 
 
