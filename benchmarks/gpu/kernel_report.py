@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported; the interpreter compiles nothing
 
 import torch
@@ -31,9 +31,10 @@ from triton.runtime import jit
 
 from benchmarks.harness import text_table
 from benchmarks.records import write_rows
-from fma2d import num_levels, start_kernels
-from fma2d.ops import tiles, triton_backend
-from fma2d.ops.options import Call, Options
+from fma2d import num_levels
+from fma2d.ops import triton_backend
+from fma2d.ops.call import Call, Options
+from fma2d.ops.triton_backend import tiles
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OTHER_ARCHITECTURES = (80, 90)  # for all but the main configurations: one of each kind of matrix instruction
@@ -59,12 +60,11 @@ class Config:
         return " ".join([f"{self.dtype} d{self.head_dim} r{self.cell_size} p{self.rank} {grid} {self.variant}", *marks])
 
 
-# Whole grids, grids with cut cells, and grids without coarse levels.
+# Whole grids, and grids with cut cells.
 MAIN = [
     Config(head_dim=head_dim, variant=variant, grid=grid)
     for head_dim, variant, grid in product((64, 32), ("linear", "loglinear"), ((64, 64), (41, 36)))
 ]
-MAIN += [Config(head_dim=head_dim, grid=(16, 16)) for head_dim in (64, 32)]
 OTHER = [
     Config(masked=True),
     Config(variant="loglinear", masked=True),
@@ -135,6 +135,7 @@ def launches(config: Config, arch: int) -> list[Launch]:
         patch.object(tiles, "_capability", lambda device: capability),
         patch.object(tiles, "INTERPRETER", {}),
     )
+    triton_backend._plan.cache_clear()
     with patches[0], patches[1], patches[2], torch.no_grad():
         _call(config)
     return list(found)
@@ -151,15 +152,13 @@ def _call(config: Config) -> None:
     dtype = getattr(torch, config.dtype)
     shape = (batch, *config.grid, 3, heads, config.head_dim)
     tokens = torch.zeros(shape, dtype=dtype).movedim(-3, 0).movedim(-2, 2)
-    levels = num_levels(config.grid, config.cell_size)
-    sizes = (config.cell_size, config.rank, ndim, heads, config.head_dim)
-    kernels = [start_kernels(level, *sizes) for level in range(1, levels + 1)]
-    groups = [kernels, kernels, kernels if config.variant == "linear" else None]
+    levels, kinds = num_levels(config.grid, config.cell_size), 3 if config.variant == "linear" else 2
+    kernels = torch.zeros(levels, kinds, ndim, config.rank, heads, config.head_dim, config.cell_size)
     mask = torch.ones(batch, *config.grid, dtype=torch.bool) if config.masked else None
-    options = Options(config.cell_size, config.rank, config.causal, True, config.head_dim**-0.5)
-    call = Call(*tokens, *groups, mask, options)
+    options = Options(config.cell_size, config.rank, config.variant, config.causal, True, config.head_dim**-0.5)
+    call = Call(*tokens, [kernels], mask, options)
     out, lse = triton_backend.forward(call)
-    triton_backend.backward(call, out, lse, torch.zeros_like(out), torch.zeros_like(lse))
+    triton_backend.backward(call, out, lse, torch.zeros_like(out), None)
 
 
 def measure(launch: Launch, arch: int) -> tuple[int, int, int]:
