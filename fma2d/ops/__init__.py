@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import blocked, library, reference, tiles
+from . import blocked, library, reference
 from .checks import check_call
 from .options import Call, Kernels, Options
 
 BACKENDS = ("reference", "torch", "triton")
+MOST_HEAD_DIM = 128  # of the triton backend
 
 
 def multipole_attention(
@@ -107,8 +108,8 @@ def _why_not_triton(q: Tensor) -> str | None:
         return "its kernels are for one and two grid axes"
     if q.dtype == torch.float64:
         return "its kernels compute in float32; float64 needs the torch backend"
-    if q.shape[-1] > tiles.MOST_HEAD_DIM:
-        return f"its kernels take a head_dim of at most {tiles.MOST_HEAD_DIM}, got {q.shape[-1]}"
+    if q.shape[-1] > MOST_HEAD_DIM:
+        return f"its kernels take a head_dim of at most {MOST_HEAD_DIM}, got {q.shape[-1]}"
     return _why_no_kernels(q.device)
 
 
@@ -116,11 +117,11 @@ def _why_not_triton(q: Tensor) -> str | None:
 def _why_no_kernels(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cuda":
-        return tiles.why_not(torch.cuda.get_device_capability(device))
-    if not _interpreting():
+    if device.type != "cuda" and not _interpreting():
         return f"q is on {device.type!r}: its kernels run on CUDA devices, elsewhere under TRITON_INTERPRET=1 only"
-    return None
+    from .triton_backend import tiles  # imports triton, which a CPU needs not
+
+    return tiles.why_not(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
 def _is_transformed(tensors: list[Tensor]) -> bool:
