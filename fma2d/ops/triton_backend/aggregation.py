@@ -91,7 +91,9 @@ class Aggregation:
             def bound(tile: tiles.Tile) -> tuple[int, dict, int]:
                 of_tile = max(1, tile.block // (pairs * block_p * block_d))
                 count = programs if isinstance(programs, int) else programs(of_tile)
-                return count, own | dict(CELLS=of_tile) | more, tile.num_warps
+                # What cut cells add to the gradient of a product takes as many registers again.
+                warps = 2 if self.is_cut and kernel is kernels_of.product_gradient else tile.num_warps
+                return count, own | dict(CELLS=of_tile) | more, warps
 
             return tiles.Launch(kernel, self.device, self.head_dim, token_dtype, bound)
 

@@ -78,7 +78,8 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "prepare": (Rule(128, _HALF, Tile(64, 4, 1)), Rule(128, _SINGLE, Tile(32, 4, 1))),
     "column_dkdv": (Rule(128, _HALF, Tile(16, 4, 2, step=32)), Rule(128, _SINGLE, Tile(16, 4, 1, step=32))),
     **dict.fromkeys(("coarse_forward", "coarse_dq", "coarse_dkdv", "column_sum"), _PARENTS),
-    **dict.fromkeys(("merge_levels", "collect"), _LATTICES),
+    "merge_levels": _LATTICES,
+    "collect": (Rule(64, _ALL, Tile(32, 2, 1)), Rule(128, _ALL, Tile(32, 4, 1))),
     **dict.fromkeys(("summarise", "source_gradient"), _AGGREGATION),
     "product_gradient": (Rule(32, _ALL, Tile(1024, 1, 1)), Rule(128, _ALL, Tile(2048, 1, 1))),
     **dict.fromkeys(("lay_out", "kernel_gradient"), _ROWS),
@@ -101,13 +102,18 @@ def tier(capability: tuple[int, int]) -> str:
     return "sm_90" if capability[0] in (9, 10, 11) else "sm_86"
 
 
+def version(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+
+
 def why_not(capability: tuple[int, int] | None) -> str | None:
     """Why no kernel runs here on a device of this compute capability (None: the interpreter); None if they do."""
     import triton
 
     if torch.version.hip:
         return "the Triton kernels are made for NVIDIA GPUs, this PyTorch is one for AMD's"
-    if tuple(int(re.match(r"\d*", n)[0] or 0) for n in triton.__version__.split(".")[:2]) < LEAST_TRITON:
+    if version(triton.__version__) < LEAST_TRITON:
         least = ".".join(map(str, LEAST_TRITON))
         return f"the kernels need Triton {least} or newer (PyTorch 2.7 brings it), this is Triton {triton.__version__}"
     if capability is None or capability >= LEAST_CAPABILITY:
