@@ -1,9 +1,9 @@
 """Fast Multipole Attention as a vision backbone library; importing it registers the models in timm."""
 
 from . import backbone, models
-from .aggregation import start_kernels
 from .convert import convert_attention
 from .geometry import cover, num_levels
+from .kernels import start_kernels
 from .modules import FMA1d, FMA2d
 from .ops import multipole_attention, why_not
 

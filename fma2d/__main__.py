@@ -64,7 +64,7 @@ def backend_line(backend, device):
     try:
         q = torch.zeros(1, 1, 16, 16, 16, device=device)  # [B, heads, H, W, head_dim]
         if (reason := fma2d.why_not(backend, q)) is None:
-            out = fma2d.multipole_attention(q, q, q, [], [], query_kernels=[], cell_size=2, rank=4, backend=backend)
+            out = fma2d.multipole_attention(q, q, q, cell_size=2, rank=4, variant="linear", backend=backend)
             out.cpu()  # what fails on a GPU fails when the result is asked for
     except Exception as error:  # whatever a device that does not work raises, as with a driver that does not fit
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,9 +1,4 @@
-"""Checkpoints: learned kernels from one setting to another, what a load did in one line, files with metadata.
-
-`adapt_kernels` is the one place for the rule on other levels, cell sizes, ranks and variants. Modules apply it whenever
-a state dict is loaded, so it holds on every road (timm, mmseg, resume, plain torch), and needs nothing but the shape of
-what was stored.
-"""
+"""Checkpoints: files with metadata, and loads that are checked once and say in one line what they did."""
 
 import hashlib
 import json
@@ -11,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from math import log2
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,7 +14,7 @@ from safetensors.torch import save
 from timm.utils import unwrap_model
 from torch import Tensor, distributed, nn
 
-from .geometry import subcell_overlaps, tiling
+from .kernels import check_adaptable
 
 FORMAT_VERSION = 1
 # Suffix of a file that is being written.
@@ -38,77 +32,6 @@ logger.addHandler(_to_stderr)
 
 def _is_first_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
-
-
-def resample_bins(bins: int, new_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`[new_bins, bins]`: integrates a kernel's density over other bins; columns sum to 1."""
-    return torch.tensor(subcell_overlaps(bins, new_bins), dtype=dtype, device="cpu") / new_bins
-
-
-def share_parts(rank: int, new_rank: int, ndim: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`[new_rank, rank]`: of each new sub-cell, the share that lies in each old one; rows sum to 1."""
-    share = torch.ones(1, 1, dtype=dtype, device="cpu")
-    for old, new in zip(tiling(rank, ndim), tiling(new_rank, ndim), strict=True):
-        share = torch.kron(share, torch.tensor(subcell_overlaps(old, new), dtype=dtype, device="cpu") / old)
-    return share
-
-
-def check_kernels(stored: Sequence[int], own: Sequence[int]) -> None:
-    """Raise ValueError if kernels of shape `stored` cannot be carried over to shape `own`; see `adapt_kernels`."""
-    if len(stored) != len(own):
-        raise ValueError(f"kernels must have {len(own)} axes, the file has shape {tuple(stored)}")
-    (axes, heads, channels), (own_axes, own_heads, own_channels) = ((s[2], s[4], s[5]) for s in (stored, own))
-    if (axes, channels) != (own_axes, own_channels) or heads not in (1, own_heads):
-        raise ValueError(
-            f"kernels of {axes} axes, {heads} heads of {channels} channels do not fit a module of {own_axes} axes, "
-            f"{own_heads} heads of {own_channels} channels"
-        )
-
-
-def adapt_kernels(stored: Tensor, start: Tensor) -> tuple[Tensor, dict[str, str]]:
-    """Stored kernels in the shape of a module's, whose start value is `start`.
-
-    Args:
-        stored, start: `[levels, kinds, axes, rank, heads | 1, head_dim, bins]`, densities; the kinds are key, value
-            and, in the linear variant, query.
-
-    Returns:
-        The kernels, and what was done beyond copying, in words, under "adapted", "initialised" and "dropped".
-
-    Raises:
-        ValueError: if they cannot be carried over (other axes, heads or channels).
-    """
-    if stored.shape == start.shape:
-        return stored, {}
-    check_kernels(stored.shape, start.shape)
-    levels, kinds, axes, rank, _, _, bins = stored.shape
-    new_levels, new_kinds, _, new_rank, new_heads, _, new_bins = start.shape
-    notes = {}
-
-    def nearest(level: int) -> int:
-        size = log2(new_bins) + level
-        return min(range(levels), key=lambda i: (abs(log2(bins) + i - size), i))
-
-    sources = [nearest(level) for level in range(new_levels)]
-    device = "cpu" if stored.device.type == "mps" else stored.device  # MPS has no float64
-    kernels = stored[sources].to(device, torch.float64)
-    if unused := sorted(set(range(levels)) - set(sources)):
-        notes["dropped"] = f"levels {', '.join(str(i + 1) for i in unused)} of the file"
-    if sources != list(range(levels)) or bins != new_bins or rank != new_rank:
-        taken = ", ".join(str(i + 1) for i in sources)
-        notes["adapted"] = f"from cell size {bins}, rank {rank}, levels {taken} of the file"
-    if bins != new_bins:
-        kernels = kernels @ (new_bins / bins * resample_bins(bins, new_bins)).to(kernels.device).T
-    if rank != new_rank:
-        share = share_parts(rank, new_rank, axes).to(kernels.device)
-        kernels = torch.einsum("np,lkaphcb->lkanhcb", share, kernels)
-    kernels = kernels.expand(-1, -1, -1, -1, new_heads, -1, -1)[:, :new_kinds].to(stored)
-    if kinds > new_kinds:
-        notes["dropped"] = ", ".join(filter(None, (notes.get("dropped"), "query kernels")))
-    elif kinds < new_kinds:
-        kernels = torch.cat((kernels, start[:, kinds:].to(kernels)), 1)
-        notes["initialised"] = "query kernels"
-    return kernels.contiguous(), notes
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
@@ -207,7 +130,7 @@ def check_state_dict(
         stored = state_dict.get(name) if getattr(layer, "kernels", None) is not None else None
         try:
             if stored is not None and len(stored):
-                check_kernels(stored.shape, layer.kernels.shape)
+                check_adaptable(stored.shape, layer.kernels.shape)
         except ValueError as error:
             misshapen.append(f"{name} ({error})")
     if not missing and not misshapen:

@@ -70,7 +70,6 @@ def tiling(rank: int, ndim: int) -> tuple[int, ...]:
     return min(factors(rank, ndim, 1), key=lambda parts: (parts[-1] - parts[0], parts))
 
 
-@lru_cache
 def subcells(extent: int, side: int, parts: int) -> tuple[int, ...]:
     """For every token of an axis, its sub-cell counted along the whole axis: `cell * parts + sub-cell`.
 
@@ -80,7 +79,6 @@ def subcells(extent: int, side: int, parts: int) -> tuple[int, ...]:
     return tuple(t // side * parts + (2 * (t % side) + 1) * parts // (2 * side) for t in range(extent))
 
 
-@lru_cache
 def subcell_overlaps(side: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """`[parts][side]`: how much of each token of a cell lies in each sub-cell, in units of `1 / parts` tokens."""
     return tuple(
@@ -89,15 +87,9 @@ def subcell_overlaps(side: int, parts: int) -> tuple[tuple[int, ...], ...]:
     )
 
 
-@lru_cache
 def subcell_counts(extent: int, side: int, parts: int) -> tuple[int, ...]:
     """For every sub-cell of an axis, the tokens of the grid in it, in units of `1 / parts` tokens."""
-    overlaps = subcell_overlaps(side, parts)
-    return tuple(
-        sum(overlaps[k][: max(0, min(side, extent - cell * side))])
-        for cell in range(-(-extent // side))
-        for k in range(parts)
-    )
+    return tuple(max(0, min(side, extent * parts - i * side)) for i in range(-(-extent // side) * parts))
 
 
 def neighbours(cell: int, cells: int) -> range:

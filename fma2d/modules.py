@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .aggregation import start_kernels
-from .checkpoint import adapt_kernels, report_layer
+from .checkpoint import report_layer
 from .geometry import check_positive, tiling
+from .kernels import VARIANTS, adapt_kernels, start_kernels
 from .ops import BACKENDS, exportable, multipole_attention
 
 if TYPE_CHECKING:
     from .text.cache import Cache
 
-VARIANTS = ("linear", "loglinear")
 AGGREGATIONS = ("learned", "mean")
 
 
@@ -23,8 +22,8 @@ class _FMA(nn.Module):
     """Fast Multipole Attention with its projections; `ndim` grid axes.
 
     All kernels are one parameter `kernels`, `[levels, key | value | query, axis, rank, heads | 1, head_dim, cell_size]`
-    (the query kernels in the linear variant only). It holds densities: the operator's kernels times their
-    `cell_size` bins, of order 1 at every level. It is None where nothing is learned.
+    (the query kernels in the linear variant only), densities of order 1 at every level, which the operator takes as it
+    is. It is None where nothing is learned.
     """
 
     ndim: int
@@ -96,11 +95,11 @@ class _FMA(nn.Module):
 
     def start_kernels(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The start value of `kernels`."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
         heads = 1 if self.share_heads else self.num_heads
-        axes = start_kernels(1, self.cell_size, self.rank, self.ndim, heads, self.head_dim, bins=self.cell_size)
-        kinds = 3 if self.variant == "linear" else 2
-        kernels = torch.stack(axes).mul(self.cell_size).to(device=device, dtype=dtype)
-        return kernels.expand(self.levels, kinds, -1, -1, -1, -1, -1).clone()
+        sizes = (1, self.cell_size, self.rank, self.ndim, heads, self.head_dim)
+        level = start_kernels(*sizes, variant=self.variant, bins=self.cell_size, dtype=dtype, device=device)
+        return level.expand(self.levels, *level.shape).clone()
 
     def change_cells(self, cell_size: int | None = None, rank: int | None = None, levels: int | None = None) -> None:
         """Change settings (None: as it is); learned kernels are carried over as from a checkpoint.
@@ -127,17 +126,11 @@ class _FMA(nn.Module):
 
     def call_options(self) -> dict:
         """Keyword arguments of `multipole_attention`, the learned kernels among them."""
-        if self.kernels is None:
-            groups = ([], [], [])
-        else:
-            weights = self.kernels * (1 / self.cell_size)  # a product: the ONNX exporter stumbles over the quotient
-            groups = [[list(axes) for axes in kind] for kind in weights.transpose(0, 1)]
         return dict(
-            key_kernels=groups[0],
-            value_kernels=groups[1],
-            query_kernels=groups[2] if self.variant == "linear" else None,
+            kernels=self.kernels,
             cell_size=self.cell_size,
             rank=self.rank,
+            variant=self.variant,
             causal=self.causal,
             backend=self.backend,
         )
@@ -250,18 +243,13 @@ class FMA2d(_FMA):
             return super().attend(q, k, v, key_mask)
         if key_mask is not None:
             raise ValueError("key_mask cannot be given to a module made for export (export_levels)")
-        options = self.call_options()
-        return exportable.attention(
-            q,
-            k,
-            v,
-            options["key_kernels"],
-            options["value_kernels"],
-            options["query_kernels"],
-            levels=self.export_levels,
-            cell_size=self.cell_size,
-            rank=self.rank,
-        )
+        # Until the portable form takes stacks: per kind and axis, of sum 1.
+        groups = ([], [], []) if self.kernels is None else [
+            [list(axes) for axes in kind] for kind in (self.kernels / self.cell_size).transpose(0, 1)
+        ]
+        query = groups[2] if self.variant == "linear" else None
+        cells = dict(levels=self.export_levels, cell_size=self.cell_size, rank=self.rank)
+        return exportable.attention(q, k, v, groups[0], groups[1], query, **cells)
 
 
 class FMA1d(_FMA):

@@ -38,7 +38,10 @@ def attention_map(module: FMA2d | FMA1d, x: Tensor, token: tuple[int, ...], key_
         raise ValueError(f"token must be an index into the grid {tuple(grid)}, got {token}")
     with torch.no_grad():
         q, k, _ = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in module.project(x))
-    options = module.call_options() | dict(value_kernels=[], key_mask=key_mask)
+    options = module.call_options() | dict(key_mask=key_mask)
+    if module.kernels is not None:
+        options["kernels"] = module.kernels.detach().clone()
+        options["kernels"][:, 1] = module.start_kernels(q.device)[:, 1]
     with torch.enable_grad():
         v = torch.zeros_like(q, requires_grad=True)
         out = multipole_attention(q, k, v, **options)

@@ -8,24 +8,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import blocked, library, reference
-from .checks import check_call
-from .options import Call, Kernels, Options
+from . import dense, library, reference
+from .call import Call, Kernels, Options, check_call, check_tensor
 
 BACKENDS = ("reference", "torch", "triton")
-MOST_HEAD_DIM = 128  # of the triton backend
 
 
 def multipole_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_kernels: Kernels,
-    value_kernels: Kernels,
+    kernels: Kernels | None = None,
     *,
     cell_size: int,
     rank: int,
-    query_kernels: Kernels | None = None,
+    variant: str = "loglinear",
     causal: bool = False,
     key_mask: Tensor | None = None,
     count_bias: bool = True,
@@ -36,17 +33,19 @@ def multipole_attention(
     """Fast Multipole Attention (Kang, Tran, De Sterck, arXiv:2310.11960v4) over a grid of 1, 2 or 3 axes.
 
     A query attends to the tokens of its base cell and that cell's neighbours one by one, and to everything else
-    through `rank` summary tokens per coarse cell, the coarser the farther; `fma2d.cover` lists what that is.
+    through `rank` summary tokens per coarse cell, the coarser the farther; `fma2d.cover` lists what that is. A grid of
+    at most `2 * cell_size` tokens a side has no coarse levels: the call is `scaled_dot_product_attention` then.
 
     Args:
         q, k, v: `[B, heads, *grid, head_dim]`, of one shape, dtype (float16, bfloat16, float32 or float64) and device.
-        key_kernels, value_kernels: learned aggregation kernels, a list over levels of lists over axes of
-            `[rank, heads | 1, head_dim | 1, bins]`, where `bins` divides the level's cell side
-            `cell_size * 2**(level - 1)`. Coarser levels use the last ones; `[]` is fixed averaging.
+        kernels: learned aggregation kernels: a sequence over levels of densities
+            `[kinds, axes, rank, heads | 1, head_dim | 1, bins]`, or one tensor with a levels axis in front. The kinds
+            are key, value and, in the linear variant, query; `bins` divides the level's cell side
+            `cell_size * 2**(level - 1)`; all bins 1 is the mean over the cell. Coarser levels use the last ones.
+            None or empty: `start_kernels` at every level, fixed averaging.
         cell_size: tokens per side of a base cell.
         rank: summary tokens per coarse cell.
-        query_kernels: None for the log-linear variant; a list like the others (also `[]`) for the linear one, in
-            which far queries are aggregated too.
+        variant: "loglinear", or "linear", in which far queries are aggregated too.
         causal: a token attends to nothing on its right (one axis, log-linear variant).
         key_mask: bool, broadcastable to `[B, *grid]`, True where the token exists. Where it is False nothing is read,
             out is 0, lse is -inf and gradients are 0.
@@ -63,24 +62,32 @@ def multipole_attention(
         RuntimeError: if the backend asked for cannot run this call; the message says why.
     """
     q, k, v = _autocast(q, k, v)
-    key_mask = check_call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, cell_size, rank, causal, scale)
-    options = Options(cell_size, rank, causal, count_bias, q.shape[-1] ** -0.5 if scale is None else float(scale))
-    kernels, levels = library.flatten_kernels(key_kernels, value_kernels, query_kernels)
-    transformed = _is_transformed([q, k, v, *kernels])
-    if backend == "auto":
-        backend = "triton" if q.device.type == "cuda" and not transformed and _why_not_triton(q) is None else "torch"
-    elif (reason := why_not(backend, q)) is not None:
+    stacks, key_mask = check_call(
+        q, k, v, kernels, key_mask, cell_size, rank, variant, causal, count_bias, scale, return_lse
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = Call(q, k, v, stacks, key_mask, Options(cell_size, rank, variant, causal, count_bias, scale))
+    if (reason := why_not(backend, q)) is not None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
-    elif backend == "triton" and transformed:
+    transformed = _is_transformed([q, k, v, *stacks])
+    if transformed and backend == "triton":
         raise RuntimeError("backend 'triton' cannot run this call: torch.func and forward mode need backend 'torch'")
-    if backend == "reference" or transformed:
-        attention = reference.attention if backend == "reference" else blocked.forward
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = attention(Call(q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options))
+    # Its lse would have no derivative, its kernels no transforms: these calls go on.
+    if call.levels == 0 and not return_lse and not transformed and backend != "reference":
+        return dense.attention(call)
+    if backend == "reference":
+        attention = reference.attention
+    elif transformed:
+        from .torch_backend import forward as attention
     else:
-        out, lse = library.multipole_attention(
-            q, k, v, kernels, levels, key_mask, cell_size, rank, causal, count_bias, options.scale, backend
-        )
+        if backend == "auto":
+            backend = "triton" if q.device.type == "cuda" and _why_not_triton(q) is None else "torch"
+        if call.levels == 0:
+            backend = "torch"  # the kernels are of coarse levels
+        out, lse = library.multipole_attention(q, k, v, stacks, key_mask, *call.options, backend)
+        return (out, lse) if return_lse else out
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = attention(call)
     return (out, lse) if return_lse else out
 
 
@@ -89,14 +96,13 @@ def why_not(backend: str, q: Tensor, **call_options) -> str | None:
 
     Raises:
         ValueError: for an unknown backend.
-        TypeError: for an option that `multipole_attention` does not have.
+        TypeError: for a q that is no float tensor, an option that `multipole_attention` does not have.
     """
     if unknown := call_options.keys() - CALL_OPTIONS:
         raise TypeError(f"why_not got options that multipole_attention does not have: {', '.join(sorted(unknown))}")
-    if backend == "auto":
-        return None
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    check_tensor("q", q)
     return _why_not_triton(q) if backend == "triton" else None
 
 
@@ -108,18 +114,22 @@ def _why_not_triton(q: Tensor) -> str | None:
         return "its kernels are for one and two grid axes"
     if q.dtype == torch.float64:
         return "its kernels compute in float32; float64 needs the torch backend"
-    if q.shape[-1] > MOST_HEAD_DIM:
-        return f"its kernels take a head_dim of at most {MOST_HEAD_DIM}, got {q.shape[-1]}"
-    return _why_no_kernels(q.device)
+    if (reason := _why_no_kernels(q.device)) is not None:
+        return reason
+    from .triton_backend import tiles
+
+    if q.shape[-1] > tiles.MOST_HEAD_DIM:
+        return f"its kernels take a head_dim of at most {tiles.MOST_HEAD_DIM}, got {q.shape[-1]}"
+    return None
 
 
 @torch.compiler.assume_constant_result
 def _why_no_kernels(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and not _interpreting():
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"q is on {device.type!r}: its kernels run on CUDA devices, elsewhere under TRITON_INTERPRET=1 only"
-    from .triton_backend import tiles  # imports triton, which a CPU needs not
+    from .triton_backend import tiles
 
     return tiles.why_not(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
@@ -136,10 +146,6 @@ def _is_transformed(tensors: list[Tensor]) -> bool:
 @torch.compiler.assume_constant_result
 def _has_transforms() -> bool:
     return torch._C._are_functorch_transforms_active()
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,10 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, arange
 
-from ..aggregation import level_kernels
 from ..geometry import cell_side, subcell_overlaps, tiling
-from .cells import ABSENT
-from .options import Kernels
+from ..kernels import start_kernels
+
+
+def level_kernels(kernels, level, cell_size, rank, like):
+    """As `fma2d.kernels.level_kernels`, of one kind and cut by axis, of sum 1."""
+    if kernels:
+        return [kernel.to(like.dtype) for kernel in kernels[min(level, len(kernels)) - 1]]
+    start = start_kernels(level, cell_size, rank, like.dim() - 3, 1, 1, dtype=like.dtype, device=like.device)[0]
+    return list(start / start.shape[-1])
+from .torch_backend.cells import ABSENT
+from .call import Kernels
 
 # The children of a parent's neighbours are 6 x 6 cells; the parent's own two on an axis are number 2 and 3 of them.
 WINDOW = 6

@@ -1,6 +1,6 @@
 """The definition, dense and slow: every backend is held to this one.
 
-It shares the integers of `geometry` with the others and nothing else: relations between tokens and cells are full
+It shares the integers of `geometry` and the start value with the others and nothing else: relations between tokens and cells are full
 matrices, kernels act token by token through one matrix an axis, and one softmax runs over all entries of the cover.
 Differentiable to any order, float16 to float64, any device; memory grows with the square of the number of tokens.
 """
@@ -8,9 +8,9 @@ Differentiable to any order, float16 to float64, any device; memory grows with t
 import torch
 from torch import Tensor
 
-from ..aggregation import level_kernels
 from ..geometry import cell_side, num_cells, num_levels, subcell_overlaps, subcells, tiling
-from .options import Call, Options
+from ..kernels import level_kernels, start_kernels
+from .call import Call, Options
 
 LETTERS = "xyz"
 TOKENS = "ijl"
@@ -21,9 +21,8 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
     probabilities, values, lse, exists = _cover(call)
     out = sum(p @ x for p, x in zip(probabilities, values, strict=True))
     # Kernels of levels that the grid does not use take part too: their gradient is zero, not None.
-    for kernels in (call.key_kernels, call.value_kernels, call.query_kernels or []):
-        for kernel in (w for level in kernels for w in level):
-            out = out + kernel.flatten()[:0].sum().to(out.dtype)
+    for stack in call.kernels:
+        out = out + stack.flatten()[:0].sum().to(out.dtype)
     out = torch.where(exists[..., None], out, 0)
     grid = call.q.shape[2:-1]
     return out.unflatten(2, grid).to(call.q.dtype), lse.unflatten(2, grid)
@@ -47,14 +46,12 @@ def attention_map(call: Call) -> Tensor:
 
 def _cover(call: Call) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Lists over the near field and the levels: probabilities `[B, heads, n, entries]`, values; lse; existence."""
-    q, k, v, key_kernels, value_kernels, query_kernels, key_mask, options = call
+    q, k, v, stacks, key_mask, options = call
     grid = q.shape[2:-1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if key_mask is not None:
         q, k, v = (torch.where(key_mask[:, None, ..., None], x, 0) for x in (q, k, v))
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    key_kernels, value_kernels = _cast(key_kernels, dtype), _cast(value_kernels, dtype)
-    query_kernels = None if query_kernels is None else _cast(query_kernels, dtype)
     tokens_exist = _tokens_exist(q, key_mask, torch.bool)
 
     near, _ = _relation(grid, 0, options, q.device)
@@ -63,11 +60,16 @@ def _cover(call: Call) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     scores[0] = scores[0].masked_fill(~(near & tokens_exist[:, None, None]), -torch.inf)
     for level in range(1, num_levels(grid, options.cell_size) + 1):
         count = _overlap_matrix(grid, level, options, q) @ tokens_exist.to(dtype)[:, :, None] / options.rank
-        keys = _summaries(k, key_kernels, level, tokens_exist, count, options)
-        values.append(_summaries(v, value_kernels, level, tokens_exist, count, options))
-        if query_kernels is not None:
+        kernels = level_kernels(stacks, level)
+        if kernels is None:
+            sizes = (level, options.cell_size, options.rank, len(grid), 1, 1)
+            kernels = start_kernels(*sizes, variant=options.variant, device=q.device)
+        kernels = kernels.to(dtype)
+        keys = _summaries(k, kernels[0], level, tokens_exist, count, options)
+        values.append(_summaries(v, kernels[1], level, tokens_exist, count, options))
+        if options.variant == "linear":
             own_subcell = _relation(grid, level, options, q.device)[1]
-            queries = _summaries(q, query_kernels, level, tokens_exist, count, options)[:, :, own_subcell]
+            queries = _summaries(q, kernels[2], level, tokens_exist, count, options)[:, :, own_subcell]
         attended = _relation(grid, level, options, q.device)[0] & (count[:, None, None, :, 0] > 0)
         score = queries @ keys.mT * options.scale
         if options.count_bias:
@@ -79,10 +81,6 @@ def _cover(call: Call) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     lse = torch.where(exists, score.logsumexp(-1), -torch.inf)
     probabilities = score.softmax(-1).split([s.shape[-1] for s in scores], -1)
     return probabilities, values, lse, exists
-
-
-def _cast(kernels, dtype: torch.dtype) -> list[list[Tensor]]:
-    return [[kernel.to(dtype) for kernel in level] for level in kernels]
 
 
 def _tokens_exist(q: Tensor, key_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -125,7 +123,7 @@ def _overlap_matrix(grid, level: int, options: Options, like: Tensor) -> Tensor:
     side = cell_side(level, options.cell_size)
     parts = tiling(options.rank, len(grid))
     matrix = torch.ones(1, options.rank, *(1,) * len(grid), dtype=like.dtype, device=like.device)
-    index = torch.cartesian_prod(*map(torch.arange, parts)).reshape(options.rank, -1).to(like.device)
+    index = torch.cartesian_prod(*[torch.arange(p, device=like.device) for p in parts]).reshape(options.rank, -1)
     for axis, (extent, p) in enumerate(zip(grid, parts, strict=True)):
         overlaps = torch.tensor(subcell_overlaps(side, p), dtype=like.dtype, device=like.device)[index[:, axis]]
         matrix = _outer(matrix, _token_matrix(overlaps, extent, side), axis, len(grid))
@@ -148,18 +146,17 @@ def _token_matrix(weights: Tensor, extent: int, side: int) -> Tensor:
     return torch.where(token // side == cell[:, None], weights[..., token % side].unsqueeze(-2), 0)
 
 
-def _summaries(x: Tensor, kernels, level: int, tokens_exist: Tensor, count: Tensor, options: Options) -> Tensor:
+def _summaries(
+    x: Tensor, kernels: Tensor, level: int, tokens_exist: Tensor, count: Tensor, options: Options
+) -> Tensor:
     """Summary tokens of a level from tokens `[B, heads, *grid, head_dim]`: `[B, heads, entries, head_dim]`.
 
+    `kernels`: of one kind, `[axes, rank, heads | 1, head_dim | 1, bins]`.
     Those of no token, by `count` `[B, entries, 1]`, are 0 in a cut cell, whatever their kernels hold.
     """
     grid, side = x.shape[2:-1], cell_side(level, options.cell_size)
-    like = x.movedim(1, -2)
     offset = torch.arange(side, device=x.device)
-    weights = []
-    for kernel in level_kernels(kernels, level, options.cell_size, options.rank, like):
-        bins = kernel.shape[-1]
-        weights.append(kernel[..., offset * bins // side] * bins / side)
+    weights = kernels[..., offset * kernels.shape[-1] // side] / side
     matrices = [_token_matrix(w, n, side) for w, n in zip(weights, grid, strict=True)]
     cells, tokens = LETTERS[: len(grid)], TOKENS[: len(grid)]
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..aggregation import start_kernels
+from ..kernels import start_kernels
 from ..geometry import cell_side
 from ..modules import FMA1d
 from .checks import check_padding
@@ -144,8 +144,8 @@ class MultipoleCache(Cache):
             raise ValueError(f"a cache needs a rank that divides cell_size {module.cell_size}, got {module.rank}")
         kernels = module.kernels
         if kernels is None:
-            axes = start_kernels(1, module.cell_size, module.rank, 1, 1, 1, device=module.qkv.weight.device)
-            kernels = axes[0].mul(module.cell_size).expand(1, 2, 1, -1, -1, -1, -1)
+            sizes = (1, module.cell_size, module.rank, 1, 1, 1)
+            kernels = start_kernels(*sizes, bins=module.cell_size, device=module.qkv.weight.device)[None]
         return cls(module.cell_size, module.rank, kernels, module.count_bias)
 
     def share_plan(self, other: MultipoleCache) -> None:

@@ -22,12 +22,14 @@ import triton
 from torch import Tensor
 
 from ...geometry import cell_side, num_cells, num_levels, tiling
+from ...kernels import log_counts
+from .. import torch_backend
 from ..call import Call, Options
 from . import backward as near_back
 from . import backward_far as far_back
 from . import forward as ahead
 from . import tiles
-from .aggregation import Aggregation, log_counts
+from .aggregation import Aggregation
 
 # How tensor cores multiply float32. Coarse levels are float32 whatever the tokens are, with the precision of these.
 PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
@@ -55,12 +57,15 @@ class Signature(NamedTuple):
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32."""
 
-    def fused() -> tuple[Tensor, Tensor]:
-        call_ = _readable(call)
-        with _on(call.q.device):
-            return _plan(_signature(call_)).forward(call_)
+    if len(call.q) == 0:  # nothing to launch
+        return torch_backend.forward(call)
 
-    return tiles.run_or(fused, lambda: _torch_backend().forward(call))
+    def fused() -> tuple[Tensor, Tensor]:
+        readable = _readable(call)
+        with _on(call.q.device):
+            return _plan(_signature(readable)).forward(readable)
+
+    return tiles.run_or(fused, lambda: torch_backend.forward(call))
 
 
 def backward(
@@ -68,18 +73,15 @@ def backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of (q, k, v) and of the kernels, zero for levels that the grid does not use; d_lse None: zero."""
 
+    if len(call.q) == 0:
+        return torch_backend.backward(call, out, lse, do, d_lse)
+
     def fused() -> tuple[list[Tensor], list[Tensor]]:
-        call_ = _readable(call)
+        readable = _readable(call)
         with _on(call.q.device):
-            return _plan(_signature(call_)).backward(call_, out, lse, do, d_lse)
+            return _plan(_signature(readable)).backward(readable, out, lse, do, d_lse)
 
-    return tiles.run_or(fused, lambda: _torch_backend().backward(call, out, lse, do, d_lse))
-
-
-def _torch_backend():
-    from .. import torch_backend
-
-    return torch_backend
+    return tiles.run_or(fused, lambda: torch_backend.backward(call, out, lse, do, d_lse))
 
 
 def _readable(call: Call) -> Call:
@@ -265,8 +267,14 @@ class Plan:
         """The mask as kernels read it, and `log2 n` of the summary tokens under it; None without one."""
         if call.key_mask is None:
             return None, None
-        bias = log_counts(call.key_mask, self.options, [x[-self.ndim :] for x in self.extents])
-        return _aligned(call.key_mask).view(torch.uint8), bias
+        size, rank, mask = self.options.cell_size, self.options.rank, call.key_mask
+        found = [
+            log_counts(call.grid, level, size, rank, mask, -torch.inf, torch.float32, self.device).flatten(1)
+            for level in range(1, self.levels + 1)
+        ]
+        bias = torch.cat(found, 1)
+        bias = bias * log2(e) if self.options.count_bias else torch.where(bias > -torch.inf, 0, bias)
+        return _aligned(mask).view(torch.uint8), bias
 
     def _numbers(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)

@@ -1,7 +1,7 @@
-"""The aggregation's launches, forward and backward, and the plain way for calls that its kernels leave out.
+"""The aggregation's launches, forward and backward, and where the torch backend's takes their place.
 
-The kernels take one stack of learned levels with `cell_size` bins, or none, without a mask; the rest, which few calls
-ask for, is plain PyTorch and its autograd. Each array element has one writer and there are no atomics: results are
+The kernels take one stack of learned levels with `cell_size` bins, or none, even cells and no mask; the rest, which few
+calls ask for, is left to the torch backend's aggregation. Each array element has one writer and there are no atomics: results are
 bitwise repeatable.
 """
 
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...geometry import cell_side, num_cells, tiling
 from ..call import Call, Options
+from ..torch_backend import aggregation as torch_aggregation
 from . import aggregation_kernels as kernels_of
 from . import tiles
 
@@ -32,15 +32,15 @@ class Kept(NamedTuple):
 
     Attributes:
         lattices: `[kinds, B, entries, heads, head_dim]`, see `indexing`.
-        tables, factors, sources: of the kernels; None, None and () from the plain way.
-        leaves: of the plain way, whose graph `lattices` holds.
+        tables, factors, sources: of the kernels.
+        made: by the torch backend, a kind each.
     """
 
     lattices: Tensor
     tables: Tensor | None = None
     factors: Tensor | None = None
     sources: tuple[Tensor, ...] = ()
-    leaves: tuple[Tensor, ...] = ()
+    made: tuple[torch_aggregation.Aggregation, ...] = ()
 
 
 class Aggregation:
@@ -131,7 +131,7 @@ class Aggregation:
     def forward(self, call: Call, learn: bool = False) -> Kept:
         """The lattices; with `learn` also what `backward` needs."""
         if not self.is_fused:
-            return self._plain(call, learn)
+            return self._by_torch(call)
         tables = self._numbers(*self._table_shape)
         self._lay_out(call.kernels[0] if call.kernels else None, tables)
         lattice = (self.kinds, self.batch, self.entries, self.heads, self.head_dim)
@@ -151,7 +151,7 @@ class Aggregation:
     def backward(self, call: Call, kept: Kept, d_lattices: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradients of tokens, float32 `[kinds, B, *grid, heads, head_dim]`, and of the kernels."""
         if not self.is_fused:
-            return self._plain_backward(call, kept, d_lattices)
+            return self._back_by_torch(call, kept, d_lattices)
         d_blocks = None
         for shape, gradient in zip(reversed(self._blocks), reversed(self._source_gradients), strict=True):
             d_source = self._numbers(*shape)
@@ -174,23 +174,28 @@ class Aggregation:
         _, _, ndim, bins, *rest = self._table_shape
         return (bins if ndim == 2 else 1, bins, *rest)
 
-    def _plain(self, call: Call, learn: bool) -> Kept:
-        leaves = [call.k, call.v, *([call.q] if self.kinds == 3 else []), *call.kernels]
-        with torch.set_grad_enabled(learn):
-            if learn:
-                leaves = [x.detach().requires_grad_() for x in leaves]
-            tokens, stacks = leaves[: self.kinds], leaves[self.kinds :]
-            made = [plain(x, stacks, kind, call.key_mask, self.options, self.levels) for kind, x in enumerate(tokens)]
-            lattices = torch.stack([torch.cat([x.flatten(1, -3) for x in one], 1) for one in made])
-        return Kept(lattices.to(self.dtype), leaves=tuple(leaves))
-
-    def _plain_backward(self, call: Call, kept: Kept, d_lattices: Tensor) -> tuple[Tensor, list[Tensor]]:
-        d_lattices = d_lattices.to(self.dtype)
-        grads = torch.autograd.grad(
-            kept.lattices, kept.leaves, d_lattices, allow_unused=True, materialize_grads=True
+    def _by_torch(self, call: Call) -> Kept:
+        """The torch backend's, a kind at a time."""
+        tokens = [x.movedim(1, -2) for x in self._tokens(call)[: self.kinds]]
+        if call.key_mask is not None:
+            tokens = [torch.where(call.key_mask[..., None, None], x, 0) for x in tokens]
+        made = tuple(
+            torch_aggregation.Aggregation(call, x, [kind], call.key_mask, torch.float32)
+            for kind, x in enumerate(tokens)
         )
-        extra = torch.stack([g.movedim(1, -2).float() for g in grads[: self.kinds]])
-        return extra, list(grads[self.kinds :])
+        levels = [[of_kind.lattices[n].flatten(1, -3) for n in range(1, self.levels + 1)] for of_kind in made]
+        return Kept(torch.stack([torch.cat(x, 1) for x in levels]).to(self.dtype), made=made)
+
+    def _back_by_torch(self, call: Call, kept: Kept, d_lattices: Tensor) -> tuple[Tensor, list[Tensor]]:
+        extra = torch.zeros(self.kinds, self.batch, *call.grid, self.heads, self.head_dim, device=self.device)
+        d_kernels = [torch.zeros_like(stack, dtype=torch.float32) for stack in call.kernels]
+        for of_kind, d_packed, d_tokens in zip(kept.made, d_lattices, extra, strict=True):
+            shapes = [x.shape for x in of_kind.lattices.values()]
+            pieces = d_packed.split([shape[1:-2].numel() for shape in shapes], 1)
+            d_levels = {n: d.unflatten(1, shape[1:-2]) for n, (d, shape) in enumerate(zip(pieces, shapes, strict=True), 1)}
+            for total, d in zip(d_kernels, of_kind.down(d_levels, [d_tokens]), strict=True):
+                total += d
+        return extra, [d.to(stack.dtype) for d, stack in zip(d_kernels, call.kernels, strict=True)]
 
 
 def _has_kernels(options: Options, stacks: tuple, ndim: int) -> bool:
@@ -205,87 +210,3 @@ def _has_kernels(options: Options, stacks: tuple, ndim: int) -> bool:
 
 def _runs(of_tiles: int, most: int) -> int:
     return -(-of_tiles // -(-of_tiles // most)) if of_tiles else 0
-
-
-def plain(
-    x: Tensor, stacks: list[Tensor], kind: int, key_mask: Tensor | None, options: Options, levels: int
-) -> list[Tensor]:
-    """The summary tokens of `[B, heads, *grid, head_dim]`, level by level, `[B, *lattice, heads, head_dim]`, float32."""
-    x, grid = x.movedim(1, -2), x.shape[2:-1]
-    there = torch.ones(1, *grid, device=x.device) if key_mask is None else key_mask.float()
-    if key_mask is not None:
-        x = torch.where(key_mask[..., None, None], x, 0)
-    x, found = x.float(), []
-    for level in range(1, levels + 1):
-        side, parts = cell_side(level, options.cell_size), tiling(options.rank, len(grid))
-        weights = _weights(stacks, level, kind, options.rank, parts, side, x.device)
-        ends = [0, 0] * 2 + [n for extent in reversed(grid) for n in (0, -extent % side)]
-        cells, full = _by_cell(pad(x, ends), side), side ** len(grid)
-        exists = _by_cell(pad(there[..., None, None], ends), side)  # [B, *cells, *offsets, 1, 1]
-        sums, left = cells.unsqueeze(-3), exists.unsqueeze(-3)
-        whole = 1.0
-        for w in reversed(weights):  # [p, heads | 1, head_dim | 1, side]; the last axis of offsets first
-            w = w.movedim(-1, 0)
-            sums, left = (sums * w).sum(-4), (left * w.abs()).sum(-4)
-            whole = whole * w.abs().sum(0)
-        share = torch.where(left > 0, sums / torch.where(left > 0, left, 1), 0)
-        made = torch.where(exists.sum(list(range(-2 - len(grid), -2))).unsqueeze(-3) == full, sums, share * whole) / full
-        made = made.unflatten(-3, parts)  # [B, *cells, *parts, heads, head_dim]
-        axes = range(1, len(grid) + 1)
-        order = [0, *(a for axis in axes for a in (axis, axis + len(grid))), made.dim() - 2, made.dim() - 1]
-        lattice = [n * p for n, p in zip(cells.shape[1 : len(grid) + 1], parts, strict=True)]
-        found.append(made.permute(order).reshape(x.shape[0], *lattice, *x.shape[-2:]))
-    return found
-
-
-def _by_cell(x: Tensor, side: int) -> Tensor:
-    """`[B, *grid, heads, head_dim]` to `[B, *cells, *offsets, heads, head_dim]`."""
-    ndim = x.dim() - 3
-    for axis in range(ndim):
-        x = x.unflatten(1 + 2 * axis, (-1, side))
-    return x.permute(0, *range(1, 2 * ndim, 2), *range(2, 2 * ndim + 1, 2), -2, -1)
-
-
-def _weights(
-    stacks: list[Tensor], level: int, kind: int, rank: int, parts: tuple[int, ...], side: int, device: torch.device
-) -> list[Tensor]:
-    """A level's kernels by token, an axis each: `[rank, heads | 1, head_dim | 1, side]`, float32 densities."""
-    learned = [(stack, i) for stack in stacks for i in range(stack.shape[0])]
-    if learned:
-        stack, i = learned[min(level, len(learned)) - 1]
-        return [w.float().repeat_interleave(side // w.shape[-1], -1) for w in stack[i, kind]]
-    index, found = torch.arange(rank, device=device), []
-    for p in reversed(parts):
-        found.insert(0, overlaps(side, p, device).T[index % p][:, None, None])
-        index = index // p
-    return found
-
-
-def overlaps(side: int, parts: int, device: torch.device) -> Tensor:
-    """`[side, parts]`: how much of each token of a cell lies in each sub-cell, in units of `1 / parts` tokens.
-
-    Made on the device: a CUDA graph cannot copy from the host.
-    """
-    token = torch.arange(side, device=device)[:, None] * parts
-    part = torch.arange(parts, device=device) * side
-    return (torch.minimum(token + parts, part + side) - torch.maximum(token, part)).clamp(min=0).to(torch.float32)
-
-
-def log_counts(key_mask: Tensor, options: Options, lattices: list[tuple[int, ...]]) -> Tensor:
-    """`log2 n` of every summary token under a mask, -inf for none: `[B, entries]`."""
-    side, ndim = options.cell_size, key_mask.dim() - 1
-    count = key_mask.to(torch.float32)  # tokens of a sub-cell, in units of 1 / rank
-    for axis, p in enumerate(tiling(options.rank, ndim), 1):
-        cells = pad(count.movedim(axis, -1), (0, -count.shape[axis] % side)).unflatten(-1, (-1, side))
-        count = (cells @ overlaps(side, p, key_mask.device)).flatten(-2).movedim(-1, axis)
-    counts = [count]
-    for extents in lattices[1:]:
-        # Sub-cells nest: two of an axis make one of the next level.
-        for axis, extent in enumerate(extents, 1):
-            count = pad(count.movedim(axis, -1), (0, 2 * extent - count.shape[axis])).unflatten(-1, (-1, 2))
-            count = count.sum(-1).movedim(-1, axis)
-        counts.append(count)
-    count = torch.cat([x.flatten(1) for x in counts], 1)
-    if options.count_bias:
-        return (count / options.rank).log2()
-    return torch.zeros_like(count).masked_fill(count == 0, -torch.inf)
