@@ -172,7 +172,7 @@ def near_dq(
         d_queries += load_rows(extra + first_channel, offsets, exists, HEAD_DIM, BLOCK_D, EVEN)
     if not EVEN:
         d_queries = tl.where(exists[:, None], d_queries, 0.0)
-    store_rows(dq + first_channel, offsets, inside, d_queries, HEAD_DIM, BLOCK_D)
+    store_rows(dq + first_channel, offsets, inside, d_queries, HEAD_DIM, BLOCK_D, EVEN)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -223,5 +223,5 @@ def near_dkdv(
         d_values += load_rows(extra_v + first_channel, offsets, exists, HEAD_DIM, BLOCK_D, EVEN)
     if not EVEN:
         d_keys, d_values = tl.where(exists[:, None], d_keys, 0.0), tl.where(exists[:, None], d_values, 0.0)
-    store_rows(dk + first_channel, offsets, inside, d_keys, HEAD_DIM, BLOCK_D)
-    store_rows(dv + first_channel, offsets, inside, d_values, HEAD_DIM, BLOCK_D)
+    store_rows(dk + first_channel, offsets, inside, d_keys, HEAD_DIM, BLOCK_D, EVEN)
+    store_rows(dv + first_channel, offsets, inside, d_values, HEAD_DIM, BLOCK_D, EVEN)

@@ -87,10 +87,10 @@ def near_forward(
     if FAR == "state":
         entry = batch * entries + own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y, CELL_X, PARTS_Y, PARTS_X)
         entry = entry * heads + head
-        score = tl.load(far_lse + entry, mask=exists, other=float("-inf"))
+        score = tl.load(far_lse + entry) if EVEN else tl.load(far_lse + entry, mask=exists, other=float("-inf"))
         top = tl.maximum(score, LOWEST)
         total = tl.exp2(score - top)
-        sums = load_rows(far_v, entry * HEAD_DIM, exists, HEAD_DIM, BLOCK_D) * total[:, None]
+        sums = load_rows(far_v, entry * HEAD_DIM, exists, HEAD_DIM, BLOCK_D, EVEN) * total[:, None]
     if FAR == "columns":
         start = 0
         for step in range(levels * COLUMN_TILES):
@@ -115,15 +115,18 @@ def near_forward(
         top, total, sums = attend_to(products, factor, values, top, total, sums, PRECISION)
         chunk_k, cell_ky, cell_kx = step_on(chunk_k, cell_ky, cell_kx, first_x, columns, STEPS)
 
-    result, score = finish(top, total, sums)
-    some = exists & (total > 0)
     token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
     offsets = (y * width + x) * heads
-    store_rows(
-        out + (token * heads + head) * HEAD_DIM, offsets * HEAD_DIM, inside,
-        tl.where(some[:, None], result, 0.0), HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
-    tl.store(lse + token * heads + head + offsets, tl.where(some, score * LN_2, float("-inf")), mask=inside)
+    out += (token * heads + head) * HEAD_DIM
+    lse += token * heads + head
+    if EVEN:  # a token sees itself
+        store_rows(out, offsets * HEAD_DIM, inside, sums * (1 / total)[:, None], HEAD_DIM, BLOCK_D, EVEN)
+        tl.store(lse + offsets, (top + tl.log2(total)) * LN_2)
+    else:
+        result, score = finish(top, total, sums)
+        some = exists & (total > 0)
+        store_rows(out, offsets * HEAD_DIM, inside, tl.where(some[:, None], result, 0.0), HEAD_DIM, BLOCK_D)
+        tl.store(lse + offsets, tl.where(some, score * LN_2, float("-inf")), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -85,11 +85,15 @@ def load_rows(pointer, offsets, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def store_rows(pointer, offsets, exists, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(
+    pointer, offsets, exists, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr = False
+):
     channel = tl.arange(0, BLOCK_D)[None, :]
-    mask = exists[:, None]
-    if HEAD_DIM < BLOCK_D:
-        mask = mask & (channel < HEAD_DIM)
+    mask = None
+    if not (EVEN and HEAD_DIM == BLOCK_D):
+        mask = exists[:, None]
+        if HEAD_DIM < BLOCK_D:
+            mask = mask & (channel < HEAD_DIM)
     tl.store(pointer + offsets[:, None] + channel, rows.to(pointer.dtype.element_ty), mask=mask)
 
 

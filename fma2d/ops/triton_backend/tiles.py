@@ -79,7 +79,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "column_dkdv": (Rule(128, _HALF, Tile(16, 4, 2, step=32)), Rule(128, _SINGLE, Tile(16, 4, 1, step=32))),
     **dict.fromkeys(("coarse_forward", "coarse_dq", "coarse_dkdv", "column_sum"), _PARENTS),
     "merge_levels": _LATTICES,
-    "collect": (Rule(64, _ALL, Tile(32, 2, 1)), Rule(128, _ALL, Tile(32, 4, 1))),
+    "collect": (Rule(128, _ALL, Tile(32, 4, 1)),),
     **dict.fromkeys(("summarise", "source_gradient"), _AGGREGATION),
     "product_gradient": (Rule(32, _ALL, Tile(1024, 1, 1)), Rule(128, _ALL, Tile(2048, 1, 1))),
     **dict.fromkeys(("lay_out", "kernel_gradient"), _ROWS),
