@@ -73,19 +73,18 @@ def build(
     learn, is_peer = mode != "forward", name in others.PEERS
 
     def inputs(grid) -> list[Tensor]:
-        """q, k, v `[B, heads, *grid, head_dim]`, then the kernels of all levels."""
+        """q, k, v `[B, heads, *grid, head_dim]`, then the kernels of all levels in one tensor, if there are any."""
         tokens = torch.randn(batch, *grid, 3, heads, head_dim, **like).movedim(-3, 0).movedim(-2, 2)
-        levels = 0 if is_peer else num_levels(grid, cell_size) * (3 if variant == "linear" else 2)
-        kernels = [start_kernels(1, cell_size, rank, 2, heads, head_dim, device=device) for _ in range(levels)]
-        return [x.detach().requires_grad_(learn) for x in (*tokens, *(w for axes in kernels for w in axes))]
+        shape = (cell_size, rank, 2, heads, head_dim)
+        levels = range(1, 1 if is_peer else num_levels(grid, cell_size) + 1)
+        stack = [start_kernels(n, *shape, variant=variant, bins=cell_size, device=device) for n in levels]
+        return [x.detach().requires_grad_(learn) for x in (*tokens, *([torch.stack(stack)] if stack else []))]
 
     def attend(q, k, v, *kernels) -> Tensor:
         if is_peer:
             return attend_as[tuple(q.shape[2:4])](q, k, v)
-        groups = by_level(kernels, num_levels(q.shape[2:-1], cell_size), 3 if variant == "linear" else 2)
-        return multipole_attention(
-            q, k, v, *groups[:2], query_kernels=groups[2], cell_size=cell_size, rank=rank, backend=name.split("-")[1]
-        )
+        options = dict(cell_size=cell_size, rank=rank, variant=variant, backend=name.split("-")[1])
+        return multipole_attention(q, k, v, *kernels, **options)
 
     def work(grid):
         if is_peer:
@@ -121,12 +120,6 @@ def build(
     return Work(step=work((height, width)), check=check, warm_up=tiny, facts=facts)
 
 
-def by_level(kernels: Sequence[Tensor], levels: int, groups: int) -> list[list[list[Tensor]] | None]:
-    """The flat kernels of two axes as key, value and query kernels by level, query kernels None for two groups."""
-    axes = [list(kernels[i : i + 2]) for i in range(0, len(kernels), 2)]
-    return [axes[i * levels : (i + 1) * levels] if i < groups else None for i in range(3)]
-
-
 def gate(device: str, dtype: str, backend: str, variants: Sequence[str] = VARIANTS) -> None:
     """Hold a backend to the reference on a small ragged grid with random kernels, gradients included.
 
@@ -141,20 +134,18 @@ def gate(device: str, dtype: str, backend: str, variants: Sequence[str] = VARIAN
     random = dict(generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tokens = torch.randn(3, 1, heads, *grid, head_dim, **random)
     # Of both signs and none near 0: at cut edges a kernel is divided by what is left of it.
-    kernels = torch.rand(12, rank, heads, head_dim, cell_size, **random) * 2 - 1
-    kernels = (kernels + kernels.sign()) / 2 / cell_size
+    kernels = torch.rand(2, 3, 2, rank, heads, head_dim, cell_size, **random) * 2 - 1  # two levels
+    kernels = (kernels + kernels.sign()) / 2
     d_out = torch.randn(1, heads, *grid, head_dim, **random).to(device, low)
-    leaves = [x.to(device, low) for x in (*tokens, *kernels)]
+    leaves = [x.to(device, low) for x in tokens]
 
     def results(backend, dtype, variant):
-        own = [x.to(dtype).requires_grad_() for x in leaves]
-        groups = by_level(own[3:], 2, 3 if variant == "linear" else 2)
-        options = dict(query_kernels=groups[2], cell_size=cell_size, rank=rank, backend=backend)
-        out = multipole_attention(*own[:3], *groups[:2], **options)
-        grads = torch.autograd.grad(out, own, d_out.to(dtype), allow_unused=True, materialize_grads=True)
-        found = {"out": out.detach()} | {f"gradient of {name}": x for name, x in zip("qkv", grads, strict=False)}
-        for i, kind in enumerate(("key", "value", "query")):
-            found[f"gradient of the {kind} kernels"] = torch.stack(grads[3 + 4 * i : 7 + 4 * i])
+        kinds = ("key", "value", "query")[: 3 if variant == "linear" else 2]
+        own = [x.to(dtype).requires_grad_() for x in (*leaves, kernels[:, : len(kinds)].to(device, low))]
+        out = multipole_attention(*own, cell_size=cell_size, rank=rank, variant=variant, backend=backend)
+        *grads, d_kernels = torch.autograd.grad(out, own, d_out.to(dtype))
+        found = {"out": out.detach()} | {f"gradient of {name}": x for name, x in zip("qkv", grads, strict=True)}
+        found |= {f"gradient of the {kind} kernels": d_kernels[:, i] for i, kind in enumerate(kinds)}
         return {name: x.double() for name, x in found.items()}
 
     for variant in variants:
