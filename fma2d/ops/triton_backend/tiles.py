@@ -86,7 +86,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
 }
 AGGREGATION = ("summarise", "source_gradient", "product_gradient")
 # The interpreter runs one program after the other, each step an array operation: few large tiles.
-INTERPRETER = dict.fromkeys(AGGREGATION, Tile(1 << 16, 4, 1))
+INTERPRETER = dict.fromkeys(AGGREGATION, Tile(1 << 13, 4, 1))
 
 
 def tier(capability: tuple[int, int]) -> str:
