@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_programme
-from benchmarks.gpu_programme import Piece, main
+from benchmarks.gpu import programme as gpu_programme
+from benchmarks.gpu.programme import Piece, main
 from benchmarks.harness import GateError
 from benchmarks.peers import WINDOW, peer
 from fma2d import cover
@@ -96,7 +96,46 @@ def test_peers_attend_to_what_they_say(name):
 @pytest.mark.slow
 def test_smoke(tmp_path):
     environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, "benchmarks/gpu_programme.py", "--smoke", "--out", str(tmp_path)]
+    command = [sys.executable, "benchmarks/gpu/programme.py", "--smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == {"card.csv", "done.json", "model.csv", "operator.csv"}
+
+
+def test_short_is_planned_for_fifteen_minutes_with_what_is_worth_most_first(capsys):
+    assert main(["--short", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    names, seconds = zip(*[line.split()[:2] for line in lines], strict=True)
+    assert names[:4] == ("gate", "operator", "kernels", "models") and names[-2:] == ("tests", "all")
+    assert int(seconds[-1]) <= 15 * 60 - 180  # a machine takes minutes to start
+
+
+def test_short_stops_at_a_wrong_result_and_goes_on_from_results_carried_in(monkeypatch, tmp_path):
+    short = gpu_programme.short
+    calls = []
+
+    def work(name, outcome=None):
+        def run():
+            calls.append(name)
+            if outcome:
+                raise outcome
+
+        return short.Part(name, 1, "", run)
+
+    parts = [work("a"), work("b", GateError("b is wrong")), work("c")]
+    monkeypatch.setattr(short.Short, "parts", lambda self: parts)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["--short", "--smoke", "--out", str(first)]) == 1 and calls == ["a", "b"]
+    parts[1] = work("b")
+    assert main(["--short", "--smoke", "--resume", str(first), "--out", str(second)]) == 0
+    assert calls == ["a", "b", "b", "c"]
+
+
+@pytest.mark.slow
+def test_short_smoke(tmp_path):
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, "benchmarks/gpu/programme.py", "--short", "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"done.json", "model.csv", "operator.csv"}
+    assert set(json.loads((tmp_path / "done.json").read_text()).values()) == {"done"}

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fma2d.ops import tiles
-
 errors = pytest.importorskip("triton.runtime.errors")
+tiles = pytest.importorskip("fma2d.ops.triton_backend.tiles")
 GPU = torch.device("cuda", 0)
 KEY = ("near_forward", (9, 0), 64, torch.bfloat16)
 
@@ -107,7 +106,7 @@ def test_tuned_tiles_go_before_the_table():
 
 def test_the_tuner_finds_the_tile_that_is_faster(monkeypatch):
     """Blocks, steps, warps and stages: each of them is varied, where a kernel has it, of the kernels launched alone."""
-    tune_tiles = pytest.importorskip("tools.tune_tiles")
+    tune_tiles = pytest.importorskip("benchmarks.gpu.tune_tiles")
     best = {"near_dq": tiles.Tile(32, 8, 2, step=32), "coarse_dq": tiles.Tile(16, 4, 1)}
     tried = set()
 

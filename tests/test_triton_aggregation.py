@@ -1,172 +1,101 @@
-"""The Triton aggregation, where `triton_cases.py` says, against `Aggregation` of the torch backend in float64."""
+"""The Triton aggregation, where `triton_cases.py` says, against the torch backend's in float64."""
 
 import pytest
 import torch
-from fma2d.aggregation import Aggregation, BlockSums, level_kernels
-from fma2d.ops.options import Options
-from operator_cases import assert_within_rule, random_kernels
-from operator_cases import one_thread as one_thread
-from triton_cases import DEVICE, on_a_device
+from triton_cases import DEVICE, a_call, assert_within_rule, moved, on_a_device
 from triton_cases import poison as poison
 
-from fma2d.geometry import cell_side, num_levels
-from fma2d.ops import tiles, triton_aggregation
-from fma2d.ops.triton_aggregation import Summaries
+from fma2d.ops.torch_backend import aggregation as torch_aggregation
 
+backend = pytest.importorskip("fma2d.ops.triton_backend")
+aggregation = pytest.importorskip("fma2d.ops.triton_backend.aggregation")
+tiles = backend.tiles
 pytestmark = on_a_device
 
 
-def tokens_of(count, shape, dtype, layout):
-    """`count` arrays `[B, heads, *grid, head_dim]`."""
-    batch, heads, *grid, head_dim = shape
-    if layout == "fused":  # as a fused projection leaves them: in one launch
-        return list(torch.randn(batch, *grid, count, heads, head_dim).to(dtype).movedim(-3, 0).movedim(-2, 2))
-    if layout == "contiguous":
-        return list(torch.randn(count, *shape).to(dtype))
-    # No two strided alike, and channels apart.
-    first = torch.randn(head_dim, batch, *grid, heads).to(dtype).movedim(0, -1).movedim(-2, 1)
-    return [first, *torch.randn(count - 1, *shape).to(dtype)]
+def of_torch(call, d_lattices):
+    """Lattices and gradients by the torch backend, in the dtype of q."""
+    kinds = (call.k, call.v, call.q)[: 3 if call.linear else 2]
+    lattices, d_tokens = [], []
+    d_kernels = [torch.zeros_like(w) for w in call.kernels]
+    for kind, x in enumerate(kinds):
+        made = torch_aggregation.Aggregation(call, x.movedim(1, -2), [kind], None, x.dtype)
+        d = torch.zeros_like(x.movedim(1, -2))
+        shapes = {n: lattice.shape for n, lattice in made.lattices.items()}
+        pieces = d_lattices[kind].to(x.dtype).split([s[1:-2].numel() for s in shapes.values()], 1)
+        levels = {n: p.unflatten(1, s[1:-2]) for p, (n, s) in zip(pieces, shapes.items(), strict=True)}
+        for total, own in zip(d_kernels, made.down(levels, [d]), strict=True):
+            total += own
+        lattices.append(torch.cat([lattice.flatten(1, -3) for lattice in made.lattices.values()], 1))
+        d_tokens.append(d)
+    return named(torch.stack(lattices), torch.stack(d_tokens), d_kernels)
 
 
-class Case:
-    """Tokens, kernels, mask and cotangents of one call."""
+def of_triton(call, d_lattices):
+    plan = backend._plan(backend._signature(call))
+    assert plan.aggregation.is_fused
+    kept = plan.aggregation.forward(call, learn=True)
+    return named(kept.lattices, *plan.aggregation.backward(call, kept, d_lattices))
 
-    def __init__(self, grid, cell_size, rank, learned, *, batch=2, heads=2, head_dim=8, dtype=torch.float32,
-                 masked=False, layout="fused", kernels=None):  # fmt: skip
-        self.options = Options(cell_size, rank, False, True, 1.0)
-        self.levels, self.dtype = num_levels(grid, cell_size), dtype
-        generator = torch.Generator().manual_seed(1)
-        self.kernels = kernels or [
-            random_kernels(n, len(grid), cell_size, rank, heads, head_dim, generator) for n in learned
-        ]
-        self.kernels = [[[w.float().to(DEVICE) for w in axes] for axes in one] for one in self.kernels]
-        self.tokens = tokens_of(len(learned), (batch, heads, *grid, head_dim), dtype, layout)
-        self.mask = None
-        if masked:
-            self.mask = torch.rand(batch, *grid) < 0.6
-            self.mask[0, :cell_size] = True  # full cells
-            self.mask[-1, cell_size : 3 * cell_size] = False  # and empty ones
-            for x in self.tokens:
-                x.masked_fill_(~self.mask[:, None, ..., None], torch.nan)
-            self.mask = self.mask.to(DEVICE)
-        self.tokens = [x.to(DEVICE) for x in self.tokens]
-        shapes = [[x.shape for x in lattices] for lattices in self.plain(torch.float64)[0]]
-        self.d_lattices = [[torch.randn(s, device=DEVICE) for s in lattices] for lattices in shapes]
 
-    def plain(self, dtype, backward=False):
-        """`(lattices, results)` of the torch backend's aggregation in a dtype."""
-        tokens = [x.detach().to(dtype).requires_grad_() for x in self.tokens]
-        kernels = [[[w.detach().to(dtype).requires_grad_() for w in axes] for axes in one] for one in self.kernels]
-        lattices = []
-        for x, learned in zip(tokens, kernels, strict=True):
-            x = x.movedim(1, -2)
-            mask = torch.ones(x.shape[:-2], dtype=torch.bool, device=DEVICE) if self.mask is None else self.mask
-            x = torch.where(mask[..., None, None], x, 0)
-            sums = BlockSums(mask[..., None, None].to(dtype), dtype)
-            blocks, grid, options = BlockSums(x, dtype), x.shape[1:-2], self.options
-            lattices.append([
-                Aggregation(level_kernels(learned, n, options.cell_size, options.rank, x), grid,
-                            cell_side(n, options.cell_size), sums).forward(blocks)
-                for n in range(1, self.levels + 1)
-            ])  # fmt: skip
-        if not backward:
-            return lattices, None
-        leaves = [*tokens, *(w for one in kernels for axes in one for w in axes)]
-        cotangents = [d.to(dtype) for ds in self.d_lattices for d in ds]
-        flat = [x for one in lattices for x in one]
-        grads = list(torch.autograd.grad(flat, leaves, cotangents, allow_unused=True, materialize_grads=True))
-        d_tokens = [g.movedim(1, -2) for g in grads[: len(tokens)]]
-        if self.mask is not None:
-            d_tokens = [torch.where(self.mask[..., None, None], d, 0) for d in d_tokens]
-        return lattices, self.named(lattices, d_tokens, grads[len(tokens) :])
+def named(lattices, d_tokens, d_kernels):
+    return dict(lattices=lattices, tokens=d_tokens) | {f"stack {i}": d for i, d in enumerate(d_kernels)}
 
-    def named(self, lattices, d_tokens, d_kernels):
-        found = {f"level {n}": torch.cat([x.detach().flatten() for x in made])
-                 for n, made in enumerate(zip(*lattices, strict=True), 1)}  # fmt: skip
-        found |= {f"gradient of tokens {i}": d.detach().flatten() for i, d in enumerate(d_tokens)}
-        return found | {f"gradient of kernel {i}": d.detach().flatten() for i, d in enumerate(d_kernels)}
 
-    def run(self):
-        """The results of the Triton aggregation."""
-        call = (self.tokens, self.kernels, self.mask, self.options, self.levels)
-        lattices = Summaries(*call).lattices
-        shape = self.tokens[0].movedim(1, -2).shape
-        d_tokens = [torch.full(shape, torch.nan, device=DEVICE) for _ in self.tokens]
-        grads = Summaries(*call, learn=True).backward(self.d_lattices, d_tokens)
-        flat = [w for one in grads for axes in one for w in axes]
-        assert [d.dtype for d in flat] == [w.dtype for one in self.kernels for axes in one for w in axes]
-        return self.named(lattices, d_tokens, flat)
+def check(**settings):
+    call = a_call(**settings)
+    entries = backend._plan(backend._signature(call)).entries
+    kinds = 3 if call.linear else 2
+    d_lattices = torch.randn(kinds, call.q.shape[0], entries, call.q.shape[1], call.q.shape[-1])
+    truth = of_torch(moved(call, "cpu", torch.float64, torch.float64), d_lattices)["lattices"]
+    # A summary that speaks for no token is 0 there and anything here: nothing attends to it, so it has no gradient.
+    seen = truth != 0
+    d_lattices *= seen
+    truth = of_torch(moved(call, "cpu", torch.float64, torch.float64), d_lattices)
+    plain = of_torch(moved(call, "cpu", torch.float32), d_lattices)
+    with torch.no_grad():
+        found = of_triton(moved(call), d_lattices.to(DEVICE))
+    found["lattices"] *= seen.to(DEVICE)
+    assert_within_rule(found, truth, plain, torch.float32)
 
 
 CASES = {
-    "whole cells": dict(grid=(16, 16), cell_size=4, rank=4, learned=(1, 1, 1)),
-    "cut cells, any bins, start values": dict(grid=(11, 18), cell_size=4, rank=4, learned=(3, 1, 0), batch=1, heads=1),
-    "odd cells, rank that does not divide": dict(grid=(16, 10), cell_size=3, rank=4, learned=(0, 1), batch=1, heads=1),
-    "mask": dict(grid=(17, 21), cell_size=4, rank=2, learned=(2, 1), heads=1, masked=True),
-    "mask, odd cells": dict(grid=(13, 7), cell_size=3, rank=3, learned=(1, 0), masked=True, batch=1, heads=1),
-    "one axis": dict(grid=(61,), cell_size=4, rank=3, learned=(2, 0)),
-    "one axis, mask": dict(grid=(61,), cell_size=4, rank=2, learned=(4, 1), masked=True),
-    "one row": dict(grid=(1, 13), cell_size=4, rank=4, learned=(1, 3)),
-    "contiguous, head_dim 24": dict(
-        grid=(12, 13), cell_size=4, rank=4, learned=(1, 1), head_dim=24, layout="contiguous"
-    ),
-    "strided differently, bfloat16": dict(
-        grid=(12, 13), cell_size=4, rank=4, learned=(1, 1), dtype=torch.bfloat16, layout="scattered"
-    ),
-    "float16, rank 16": dict(grid=(10, 9), cell_size=4, rank=16, learned=(1, 0), dtype=torch.float16, heads=1),
+    "one level": dict(grid=(16, 8), cell_size=4, rank=4, batch=2, heads=2),
+    "three levels, two of them of one source": dict(grid=(32, 4), cell_size=2, rank=1, learned=(2,), head_dim=3),
+    "three levels, cut": dict(grid=(61, 3), cell_size=4, rank=2, learned=(3,), head_dim=3),
+    "start value": dict(grid=(37, 20), cell_size=4, rank=4, learned=()),
+    "more levels learned than used": dict(grid=(13, 18), cell_size=4, rank=4, learned=(3,)),
+    "cells of 6, three weights a cell": dict(grid=(13, 37), cell_size=6, rank=3),
+    "cells of 24": dict(grid=(100, 5), cell_size=24, rank=2, head_dim=3),
+    "one axis": dict(grid=(70,), cell_size=8, rank=8, learned=(2,), batch=2, head_dim=3),
+    "bfloat16, 24 channels": dict(grid=(32, 18), cell_size=4, rank=4, dtype=torch.bfloat16, head_dim=24),
+    "shared by the heads": dict(grid=(19, 18), cell_size=4, rank=4, heads=2, share_heads=True),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_results_are_those_of_the_torch_backend(case):
-    case = Case(**case)
-    _, truth = case.plain(torch.float64, backward=True)
-    _, plain = case.plain(torch.float32, backward=True)
-    assert_within_rule(case.run(), truth, plain, torch.float32)
+    check(**case)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_small_tiles_and_many_turns_give_the_same(masked, monkeypatch):
-    """Tiles of a cell each, a few columns and summary tokens at once, and sums over cells in many pieces."""
-    monkeypatch.setattr(tiles, "INTERPRETER", dict.fromkeys(tiles.INTERPRETER, tiles.Tile(64, 4, 1)))
-    for name, value in (("MAX_COLUMNS", 2), ("MAX_RANKS", 2), ("PROGRAMS", 16)):
-        monkeypatch.setattr(triton_aggregation, name, value)
-    case = Case((10, 9), 4, 3, (1,), batch=1, heads=1, head_dim=3, masked=masked)
-    _, truth = case.plain(torch.float64, backward=True)
-    _, plain = case.plain(torch.float32, backward=True)
-    assert_within_rule(case.run(), truth, plain, torch.float32)
-
-
-def test_repeats_bitwise():
-    case = Case((9, 10), 4, 4, (1, 1), heads=1, masked=True)
-    first, again = case.run(), case.run()
-    assert all(torch.equal(x, again[name]) for name, x in first.items())
+@pytest.mark.parametrize("grid", [(32, 8), (29, 9)], ids=["whole", "cut"])
+def test_small_tiles_and_many_runs_give_the_same(grid, monkeypatch):
+    """Tiles of a cell each, a few columns at once, and sums over cells in many runs."""
+    monkeypatch.setattr(tiles, "INTERPRETER", dict.fromkeys(tiles.INTERPRETER, tiles.Tile(16, 4, 1)))
+    for name, value in (("MAX_COLUMNS", 4), ("PROGRAMS", 100)):
+        monkeypatch.setattr(aggregation, name, value)
+    backend._plan.cache_clear()
+    check(grid=grid, cell_size=8, rank=3, head_dim=3)
+    backend._plan.cache_clear()
 
 
 def test_kernels_without_weight():
     """A summary whose kernel has no weight on what exists is 0, and so are its gradients."""
-    case = Case((10, 10), 4, 4, (1,), batch=1, heads=1, head_dim=2)
-    for w in case.kernels[0][0]:
-        w[..., :2] = 0  # of the cells cut after 2 tokens nothing is left
-    lattices, truth = case.plain(torch.float64, backward=True)
-    assert (lattices[0][0][:, -2:, -2:] == 0).all()
-    assert_within_rule(case.run(), truth, case.plain(torch.float32, backward=True)[1], torch.float32)
-
-
-def test_no_level_no_work(monkeypatch):
-    monkeypatch.setattr(triton_aggregation, "_Pass", None)
-    x, options = torch.ones(1, 1, 4, 4, 2), Options(4, 4, False, True, 1.0)
-    kernels = [[[torch.ones(4, 1, 1, 4)] * 2]]
-    summaries = Summaries([x], kernels, None, options, 0, learn=True)
-    assert summaries.lattices == [[]]
-    [[[d, _]]] = summaries.backward([[]], [])
-    assert d.shape == (4, 1, 1, 4) and (d == 0).all()
-
-
-def test_tokens_are_read_once(monkeypatch):
-    """With `cell_size` bins, every level above the first reads sums over blocks of 2**(level - 1) tokens."""
-    case = Case((70, 40), 4, 1, (0,), batch=1, heads=1, head_dim=1)
-    made = triton_aggregation._Pass(case.tokens, case.kernels, None, case.options, case.levels, False)
-    assert [level.source for level in made.levels] == [0, 1, 2, 3]
-    assert [source.views[0].shape[2:4] for source in made.sources] == [(70, 40), (35, 20), (18, 10), (9, 5)]
-    assert {level.side for level in made.levels} == {(4, 4)}
+    call = moved(a_call((10, 10), 4, 4, head_dim=2))
+    call.kernels[0][..., :2] = 0  # of the cells cut after 2 tokens nothing is left
+    plan = backend._plan(backend._signature(call)).aggregation
+    with torch.no_grad():
+        kept = plan.forward(call, learn=True)
+        found = plan.backward(call, kept, torch.ones_like(kept.lattices))
+    assert (kept.lattices.unflatten(2, (6, 6))[:, :, 4:, 4:] == 0).all()
+    assert all(x.isfinite().all() for x in (kept.lattices, found[0], *found[1]))

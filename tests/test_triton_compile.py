@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from operator_cases import one_thread as one_thread
 from triton_cases import DEVICE, on_a_device
 
 from fma2d import FMA2d, ops

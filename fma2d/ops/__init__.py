@@ -127,13 +127,11 @@ def _why_not_triton(q: Tensor) -> str | None:
 def _why_no_kernels(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cuda":
-        from .triton_backend import tiles
-
-        return tiles.why_not(torch.cuda.get_device_capability(device))
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"q is on {device.type!r}: its kernels run on CUDA devices, elsewhere under TRITON_INTERPRET=1 only"
-    return None
+    from .triton_backend import tiles
+
+    return tiles.why_not(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
 def _is_transformed(tensors: list[Tensor]) -> bool:

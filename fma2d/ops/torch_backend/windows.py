@@ -57,8 +57,7 @@ class KeyRows:
         return [(slice(i, i + height), slice(i % (3 * height), i % (3 * height) + height)) for i in starts]
 
     def _copy(self, box: Box, place: slice) -> None:
-        z, _, x = box
-        width = x.stop - x.start
+        width = box[2].stop - box[2].start
         for slab, tokens in zip(self.slabs, self.arrays, strict=True):
             channels = tokens.shape[5]
             slab = self.unflat(slab)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .harness import GateError, Task, Work, text_table
+from ..harness import GateError, Task, Work, text_table
 
 NAMES = ("matmul", "copy")
 

@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Arguments that change from call to call without being a reason to compile again.
-SIZES = ("height", "width", "heads", "levels", "entries", "cells", "slots", "cell_size")
+SIZES = ("batch", "height", "width", "heads", "levels", "entries", "cells", "slots", "cell_size")
 
 
 @triton.jit
@@ -35,15 +35,13 @@ def split_program(cells, heads, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def window(cell_y, cell_x, cells_y, cells_x, BEFORE: tl.constexpr, AFTER: tl.constexpr, WHOLE: tl.constexpr = False):
-    """The cells around a cell that exist, with WHOLE all cells: `(first_y, first_x, rows, columns)`.
+def window(cell_y, cell_x, cells_y, cells_x, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    """The cells around a cell that exist: `(first_y, first_x, rows, columns)`.
 
     BEFORE and AFTER: whether to look to the left and to the right; one of them is False if causal.
     """
     first_y, first_x = tl.maximum(cell_y - 1, 0), tl.maximum(cell_x - 1, 0)
     last_y, last_x = tl.minimum(cell_y + 1, cells_y - 1), tl.minimum(cell_x + 1, cells_x - 1)
-    if WHOLE:
-        first_y, first_x, last_y, last_x = 0, 0, cells_y - 1, cells_x - 1
     if not BEFORE:
         first_x = cell_x
     if not AFTER:
@@ -52,9 +50,17 @@ def window(cell_y, cell_x, cells_y, cells_x, BEFORE: tl.constexpr, AFTER: tl.con
 
 
 @triton.jit
-def walk(step, first_y, first_x, columns, TILES: tl.constexpr):
-    """A step of the way through a window, `TILES` steps a cell: `(tile, cell_y, cell_x)`."""
-    return step % TILES, first_y + step // TILES // columns, first_x + step // TILES % columns
+def step_on(chunk, cell_y, cell_x, first_x, columns, CHUNKS: tl.constexpr):
+    """The next tile of a window, `CHUNKS` a cell: `(chunk, cell_y, cell_x)`; counted, as divisions are slow."""
+    if CHUNKS > 1:
+        chunk += 1
+        is_last = chunk == CHUNKS
+        chunk = tl.where(is_last, 0, chunk)
+        cell_x += tl.where(is_last, 1, 0)
+    else:
+        cell_x += 1
+    is_beyond = cell_x == first_x + columns
+    return chunk, cell_y + tl.where(is_beyond, 1, 0), tl.where(is_beyond, first_x, cell_x)
 
 
 @triton.jit
@@ -67,9 +73,11 @@ def tile(chunk, cell_y, cell_x, height, width, CELL_Y: tl.constexpr, CELL_X: tl.
 
 
 @triton.jit
-def load_rows(pointer, offsets, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[rows, BLOCK_D]`: the channels of one token a row, 0 where it does not exist."""
+def load_rows(pointer, offsets, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr = False):
+    """`[rows, BLOCK_D]`: the channels of one token a row, 0 where it does not exist; with EVEN all do."""
     channel = tl.arange(0, BLOCK_D)[None, :]
+    if EVEN and HEAD_DIM == BLOCK_D:
+        return tl.load(pointer + offsets[:, None] + channel)
     mask = exists[:, None]
     if HEAD_DIM < BLOCK_D:
         mask = mask & (channel < HEAD_DIM)
@@ -77,11 +85,15 @@ def load_rows(pointer, offsets, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def store_rows(pointer, offsets, exists, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(
+    pointer, offsets, exists, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr = False
+):
     channel = tl.arange(0, BLOCK_D)[None, :]
-    mask = exists[:, None]
-    if HEAD_DIM < BLOCK_D:
-        mask = mask & (channel < HEAD_DIM)
+    mask = None
+    if not (EVEN and HEAD_DIM == BLOCK_D):
+        mask = exists[:, None]
+        if HEAD_DIM < BLOCK_D:
+            mask = mask & (channel < HEAD_DIM)
     tl.store(pointer + offsets[:, None] + channel, rows.to(pointer.dtype.element_ty), mask=mask)
 
 
@@ -111,12 +123,12 @@ def token_tile(
 @triton.jit
 def load_tokens(
     pointer, strides, batch, head, cell_y, cell_x, y, x, exists,
-    CELL_Y: tl.constexpr, CELL_X: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CELL_Y: tl.constexpr, CELL_X: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Tokens of q, k or v at offsets `(y, x)` of a cell, `[rows, BLOCK_D]`."""
     pointer += batch * strides[0] + head * strides[1]
     pointer += (cell_y * CELL_Y).to(tl.int64) * strides[2] + (cell_x * CELL_X).to(tl.int64) * strides[3]
-    return load_rows(pointer, y * strides[2] + x * strides[3], exists, HEAD_DIM, BLOCK_D)
+    return load_rows(pointer, y * strides[2] + x * strides[3], exists, HEAD_DIM, BLOCK_D, EVEN)
 
 
 @triton.jit
@@ -137,12 +149,16 @@ def by_cell(batch, head, cell, chunk, heads, cells, PAD: tl.constexpr, BLOCK: tl
 def load_near(
     k, v, k_strides, v_strides, mask, column, batch, head, chunk, cell_y, cell_x, height, width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CELL_Y: tl.constexpr, CELL_X: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    CAUSAL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of a tile, and which of them queries in a `column` of the grid see: `[queries | 1, BLOCK]`."""
     y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
-    keys = load_tokens(k, k_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D)
-    values = load_tokens(v, v_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D)
+    keys = load_tokens(
+        k, k_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D, EVEN
+    )  # fmt: skip
+    values = load_tokens(
+        v, v_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D, EVEN
+    )  # fmt: skip
     seen = exists[None, :]
     if CAUSAL:
         seen = seen & (cell_x * CELL_X + x[None, :] <= column[:, None])
@@ -151,19 +167,21 @@ def load_near(
 
 @triton.jit
 def load_asking(
-    q, q_strides, mask, d_out, lse, delta, batch, head, chunk, cell_y, cell_x, height, width, heads,
+    q, q_strides, mask, do, lse, delta, batch, head, chunk, cell_y, cell_x, height, width, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, CELL_Y: tl.constexpr,
-    CELL_X: tl.constexpr,
+    CELL_X: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Queries of a tile and what their gradient takes: `(queries, d_out, lse, delta, column)`, lse and delta by cell.
+    """Queries of a tile and what their gradient takes: `(queries, do, lse, delta, column)`, lse and delta by cell.
 
     The lse of a query that does not exist makes its weights 0.
     """
     y, x, _, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
-    queries = load_tokens(q, q_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D)
+    queries = load_tokens(
+        q, q_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D, EVEN
+    )  # fmt: skip
     token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
     first_channel = (token * heads + head) * HEAD_DIM
-    d_rows = load_rows(d_out + first_channel, (y * width + x) * heads * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
+    d_rows = load_rows(do + first_channel, (y * width + x) * heads * HEAD_DIM, exists, HEAD_DIM, BLOCK_D, EVEN)
     cells_y, cells_x = tl.cdiv(height, CELL_Y), tl.cdiv(width, CELL_X)
     place = by_cell(batch, head, cell_y * cells_x + cell_x, chunk, heads, cells_y * cells_x, PAD, BLOCK)
     return queries, d_rows, tl.load(lse + place), tl.load(delta + place), cell_x * CELL_X + x
@@ -178,6 +196,14 @@ def own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y: tl.constexpr, CELL_X: tl.co
 
 
 # Summary tokens.
+
+
+@triton.jit
+def signed(rows, SIGN: tl.constexpr):
+    """Rows times the sign of the scale. It is 1 nearly always, and a conversion here keeps products from overlapping."""
+    if SIGN == 1:
+        return rows
+    return (rows.to(tl.float32) * SIGN).to(rows.dtype)
 
 
 @triton.jit

@@ -2,7 +2,9 @@
 
 The operator is called on the CPU with its launches recorded in place of run, so that what is compiled is what a call on
 a GPU of that architecture would compile. Exit code 1 if a kernel of the main configurations (bfloat16, head_dim 32 and
-64, cell size 8, rank 4, no mask) spills registers, or if any kernel needs more shared memory than the architecture has.
+64, cell size 8, rank 4, no mask) spills registers, or if any kernel needs more shared memory than the architecture has
+or has its products serialised by ptxas ("Potential Performance Loss"). With --model, also a time for every launch of
+the main shape, from its instructions and bytes: see `issue_model`.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import cache
 from importlib import import_module
 from itertools import product
@@ -19,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported; the interpreter compiles nothing
 
 import torch
@@ -30,10 +32,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
+from benchmarks.gpu import issue_model
 from benchmarks.harness import text_table
 from benchmarks.records import write_rows
-from fma2d import num_levels, start_kernels
-from fma2d.ops import tiles, triton_backend
+from fma2d import num_levels
+from fma2d.ops import triton_backend
+from fma2d.ops.call import Call, Options
+from fma2d.ops.triton_backend import tiles
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OTHER_ARCHITECTURES = (80, 90)  # for all but the main configurations: one of each kind of matrix instruction
@@ -47,7 +52,7 @@ class Config:
     dtype: str = "bfloat16"
     head_dim: int = 64
     variant: str = "linear"
-    grid: tuple[int, ...] = (64, 64)
+    grid: tuple[int, ...] = (256, 256)
     cell_size: int = 8
     rank: int = 4
     masked: bool = False
@@ -59,12 +64,11 @@ class Config:
         return " ".join([f"{self.dtype} d{self.head_dim} r{self.cell_size} p{self.rank} {grid} {self.variant}", *marks])
 
 
-# Whole grids, grids with cut cells, and grids without coarse levels.
+# Whole grids, and grids with cut cells.
 MAIN = [
     Config(head_dim=head_dim, variant=variant, grid=grid)
-    for head_dim, variant, grid in product((64, 32), ("linear", "loglinear"), ((64, 64), (41, 36)))
+    for head_dim, variant, grid in product((64, 32), ("linear", "loglinear"), ((256, 256), (41, 36)))
 ]
-MAIN += [Config(head_dim=head_dim, grid=(16, 16)) for head_dim in (64, 32)]
 OTHER = [
     Config(masked=True),
     Config(variant="loglinear", masked=True),
@@ -95,9 +99,28 @@ class Launch:
     options: tuple
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What compiling a launch shows.
+
+    Attributes:
+        spilled: bytes of a thread, stores and loads.
+        shared: bytes of a program.
+        serialised: whether ptxas says that it keeps products of matrices from overlapping.
+        instructions, loop: of all the code, and of its main loop: the longest without another inside.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    serialised: bool
+    instructions: int
+    loop: int
+
+
 @dataclass
 class Row:
-    """One line of the report. `shared` is in bytes, as is `spilled` (stores and loads, a thread)."""
+    """One line of the report: how a launch is compiled, what it needs (see `Measured`) and the device's shared memory."""
 
     arch: str
     kernel: str
@@ -108,17 +131,22 @@ class Row:
     registers: int
     spilled: int
     shared: int
+    serialised: bool
+    instructions: int
+    loop: int
     budget: int
 
     def faults(self) -> list[str]:
         found = [f"spills {self.spilled} bytes"] if self.main and self.spilled else []
+        if self.serialised:
+            found.append("has its products serialised by ptxas")
         too_much = f"needs {self.shared} bytes of shared memory, {self.budget} are there"
         return [*found, too_much] if self.shared > self.budget else found
 
 
-def launches(config: Config, arch: int) -> list[Launch]:
-    """What a call launches on an architecture, forward and backward; nothing is run."""
-    found: dict[Launch, None] = {}
+def launches(config: Config, arch: int, batch: int = 2) -> list[tuple[Launch, int]]:
+    """What a call launches on an architecture, forward, then backward, and in how many programs; nothing is run."""
+    found: list[tuple[Launch, int]] = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
         backend, binder = _binder(kernel, arch)
@@ -127,7 +155,7 @@ def launches(config: Config, arch: int) -> list[Launch]:
         compiled = tuple((name, kwargs[name]) for name in ("num_warps", "num_stages") if name in kwargs)
         parts = [tuple(sorted(x.items())) for x in (signature, constants, attributes)]
         parts[2] = tuple((path, tuple(map(tuple, values))) for path, values in parts[2])
-        found[Launch(kernel.fn.__module__, kernel.fn.__name__, *parts, compiled)] = None
+        found.append((Launch(kernel.fn.__module__, kernel.fn.__name__, *parts, compiled), grid[0]))
 
     capability = divmod(arch, 10)
     patches = (
@@ -135,9 +163,10 @@ def launches(config: Config, arch: int) -> list[Launch]:
         patch.object(tiles, "_capability", lambda device: capability),
         patch.object(tiles, "INTERPRETER", {}),
     )
+    triton_backend._plan.cache_clear()
     with patches[0], patches[1], patches[2], torch.no_grad():
-        _call(config)
-    return list(found)
+        _call(config, batch)
+    return found
 
 
 @cache
@@ -146,24 +175,22 @@ def _binder(kernel: jit.JITFunction, arch: int):
     return backend, jit.create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
-def _call(config: Config) -> None:
-    batch, heads, ndim = 2, 2, len(config.grid)
+def _call(config: Config, batch: int) -> None:
+    heads, ndim = 2, len(config.grid)
     dtype = getattr(torch, config.dtype)
     shape = (batch, *config.grid, 3, heads, config.head_dim)
     tokens = torch.zeros(shape, dtype=dtype).movedim(-3, 0).movedim(-2, 2)
-    levels = num_levels(config.grid, config.cell_size)
-    sizes = (config.cell_size, config.rank, ndim, heads, config.head_dim)
-    kernels = [start_kernels(level, *sizes) for level in range(1, levels + 1)]
-    groups = [kernels, kernels, kernels if config.variant == "linear" else None]
+    levels, kinds = num_levels(config.grid, config.cell_size), 3 if config.variant == "linear" else 2
+    kernels = torch.zeros(levels, kinds, ndim, config.rank, heads, config.head_dim, config.cell_size)
     mask = torch.ones(batch, *config.grid, dtype=torch.bool) if config.masked else None
-    options = Options(config.cell_size, config.rank, config.causal, True, config.head_dim**-0.5)
-    call = Call(*tokens, *groups, mask, options)
+    options = Options(config.cell_size, config.rank, config.variant, config.causal, True, config.head_dim**-0.5)
+    call = Call(*tokens, [kernels], mask, options)
     out, lse = triton_backend.forward(call)
-    triton_backend.backward(call, out, lse, torch.zeros_like(out), torch.zeros_like(lse))
+    triton_backend.backward(call, out, lse, torch.zeros_like(out), None)
 
 
-def measure(launch: Launch, arch: int) -> tuple[int, int, int]:
-    """Registers, bytes spilled and bytes of shared memory of a launch, compiled."""
+def measure(launch: Launch, arch: int) -> Measured:
+    """Compile a launch and look at it."""
     kernel = getattr(import_module(launch.module), launch.kernel)
     attributes = {path: [list(value) for value in values] for path, values in launch.attributes}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
@@ -173,18 +200,20 @@ def measure(launch: Launch, arch: int) -> tuple[int, int, int]:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _output(BINARIES / "cuobjdump", "--dump-resource-usage", cubin)
         registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-        return registers, _spilled(compiled, Path(folder)) if stack else 0, compiled.metadata.shared
+        said = _said(compiled, Path(folder)) if stack or "wgmma" in compiled.asm["ptx"] else ""
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+        counts = issue_model.instructions(_output(BINARIES / "cuobjdump", "-sass", cubin))
+        return Measured(registers, spilled, compiled.metadata.shared, "Potential Performance Loss" in said, *counts)
 
 
-def _spilled(compiled, folder: Path) -> int:
-    """Bytes that ptxas says it spills; Triton does not keep what it said."""
+def _said(compiled, folder: Path) -> str:
+    """What ptxas says of the code, which Triton does not keep."""
     code = compiled.asm["ptx"]
     target = re.search(r"^\.target (\w+)", code, re.M)[1]
     path = folder / "kernel.ptx"
     path.write_text(code)
     binary = "ptxas-blackwell" if int(re.search(r"\d+", target)[0]) >= 100 else "ptxas"
-    said = _output(BINARIES / binary, "-v", f"-arch={target}", path, "-o", folder / "again.cubin")
-    return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return _output(BINARIES / binary, "-v", f"-arch={target}", path, "-o", folder / "again.cubin")
 
 
 def _output(*command) -> str:
@@ -192,7 +221,7 @@ def _output(*command) -> str:
     return done.stdout + done.stderr
 
 
-def report(calls: list[tuple[int, Config]], jobs: int) -> list[Row]:
+def report(calls: list[tuple[int, Config]], jobs: int) -> dict[tuple[int, Launch], Row]:
     """Compile what these configurations launch on these architectures, each different kernel once.
 
     Raises:
@@ -201,7 +230,7 @@ def report(calls: list[tuple[int, Config]], jobs: int) -> list[Row]:
     torch.set_num_threads(1)
     first: dict[tuple[int, Launch], Config] = {}
     for arch, config in tqdm(calls, desc="recording launches", unit="call"):
-        for launch in launches(config, arch):
+        for launch, _ in launches(config, arch):
             first.setdefault((arch, launch), config)
     rows = {}
     with ProcessPoolExecutor(jobs) as pool:
@@ -209,7 +238,7 @@ def report(calls: list[tuple[int, Config]], jobs: int) -> list[Row]:
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="compiling", unit="kernel"):
             arch, launch = waiting[done]
             try:
-                registers, spilled, shared = done.result()
+                measured = done.result()
             except Exception as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise RuntimeError(f"{launch.kernel} ({first[arch, launch]}) does not compile for sm_{arch}") from error
@@ -217,9 +246,18 @@ def report(calls: list[tuple[int, Config]], jobs: int) -> list[Row]:
             budget = tiles.SHARED_MEMORY[tiles.tier(divmod(arch, 10))]
             rows[arch, launch] = Row(
                 f"sm_{arch}", launch.kernel, str(config), config in MAIN, options.get("num_warps", 4),
-                options.get("num_stages", 3), registers, spilled, shared, budget,
+                options.get("num_stages", 3), *astuple(measured), budget,
             )  # fmt: skip
-    return [rows[key] for key in first]
+    return {key: rows[key] for key in first}
+
+
+def model(variant: str, jobs: int) -> list[dict]:
+    """The times of every launch of the main shape, one image, and their sums."""
+    config = Config(variant=variant)
+    made = launches(config, 90, batch=1)
+    compiled = report([(90, config)], jobs)
+    calls = [(launch.kernel, programs, compiled[90, launch]) for launch, programs in made]
+    return issue_model.times(variant, calls)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--only", default="", help="only configurations whose name holds this, for example 'd64 r8'")
     add("--jobs", type=int, default=os.cpu_count(), help="processes (one a processor)")
     add("--csv", type=Path, help="also write the table to this file")
+    add("--model", type=Path, help="write the times of the main shape on sm_90 to this file, and print them")
     args = parser.parse_args(argv)
     main_configs, others = ([c for c in group if args.only in str(c)] for group in (MAIN, OTHER))
     calls = list(product(args.arch, main_configs))
@@ -238,11 +277,16 @@ def main(argv: list[str] | None = None) -> int:
         calls += product([arch for arch in args.arch if arch in OTHER_ARCHITECTURES], others)
     if not calls:
         parser.error(f"no configuration for these architectures has {args.only!r} in its name")
-    rows = report(calls, args.jobs)
+    found = report(calls, args.jobs)
+    rows = list(found.values())
     header = [field.name for field in fields(Row)]
     print(text_table(header, [list(asdict(row).values()) for row in rows]))
     if args.csv:
         write_rows(args.csv, header, map(asdict, rows))
+    if args.model:
+        times = [line for variant in ("linear", "loglinear") for line in model(variant, args.jobs)]
+        write_rows(args.model, list(times[0]), times)
+        print("\n" + text_table(list(times[0]), [list(line.values()) for line in times]))
     faults = [f"{row.arch} {row.kernel} ({row.config}): {fault}" for row in rows for fault in row.faults()]
     print(f"\n{len(rows)} kernels; " + (f"{len(faults)} at fault:" if faults else "none at fault"), *faults, sep="\n")
     return bool(faults)

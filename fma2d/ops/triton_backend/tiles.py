@@ -1,11 +1,12 @@
 """How every Triton kernel is tiled: the one table, and what to do where its choice does not fit.
 
-A choice goes by kernel, tier of architecture, head_dim and dtype. Nothing is tuned at run time. `tools/tune_tiles.py`
+A choice goes by kernel, tier of architecture, head_dim and dtype. Nothing is tuned at run time. `benchmarks/gpu/tune_tiles.py`
 measures on a GPU and saves what it finds to `tuned_path()`, which goes before the table from then on.
 """
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
@@ -20,6 +21,7 @@ Result = TypeVar("Result")
 # Shared memory that a program may have, in bytes. A tier is named after its first architecture.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 LEAST_CAPABILITY = (8, 0)
+LEAST_TRITON = (3, 3)  # older ones take no tuples of strides
 MOST_HEAD_DIM = 128
 
 
@@ -60,9 +62,10 @@ _QUERIES = (
     Rule(64, _SINGLE, Tile(32, 4, 2)),
     Rule(128, _SINGLE, Tile(32, 8, 1, step=16)),
 )
-_PARENTS = (Rule(64, _ALL, Tile(16, 4, 2)), Rule(128, _ALL, Tile(16, 4, 1)))
-_LATTICES = (Rule(128, _ALL, Tile(32, 4, 2)),)
-_AGGREGATION = (Rule(128, _ALL, Tile(4096, 4, 2)),)
+_PARENTS = (Rule(64, _ALL, Tile(16, 1, 2)), Rule(128, _ALL, Tile(16, 2, 1)))
+_LATTICES = (Rule(64, _ALL, Tile(32, 1, 2)), Rule(128, _ALL, Tile(32, 2, 2)))
+_AGGREGATION = (Rule(128, _ALL, Tile(4096, 4, 1)),)
+_ROWS = (Rule(128, _ALL, Tile(1, 1, 1)),)  # their tile follows from the shapes
 # For each kernel its rules; the first that fits counts. In the main configurations none spills registers.
 TABLE: dict[str, tuple[Rule, ...]] = {
     "near_forward": _QUERIES,
@@ -75,14 +78,15 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "prepare": (Rule(128, _HALF, Tile(64, 4, 1)), Rule(128, _SINGLE, Tile(32, 4, 1))),
     "column_dkdv": (Rule(128, _HALF, Tile(16, 4, 2, step=32)), Rule(128, _SINGLE, Tile(16, 4, 1, step=32))),
     **dict.fromkeys(("coarse_forward", "coarse_dq", "coarse_dkdv", "column_sum"), _PARENTS),
-    **dict.fromkeys(("merge_levels", "collect"), _LATTICES),
-    "summarise_kernel": _AGGREGATION,
-    "source_gradient_kernel": _AGGREGATION,
-    "weight_gradient_kernel": (Rule(32, _ALL, Tile(1024, 4, 2)), Rule(128, _ALL, Tile(2048, 4, 2))),
+    "merge_levels": _LATTICES,
+    "collect": (Rule(128, _ALL, Tile(32, 4, 1)),),
+    **dict.fromkeys(("summarise", "source_gradient"), _AGGREGATION),
+    "product_gradient": (Rule(32, _ALL, Tile(1024, 1, 1)), Rule(128, _ALL, Tile(2048, 1, 1))),
+    **dict.fromkeys(("lay_out", "kernel_gradient"), _ROWS),
 }
-AGGREGATION = ("summarise_kernel", "source_gradient_kernel", "weight_gradient_kernel")
+AGGREGATION = ("summarise", "source_gradient", "product_gradient")
 # The interpreter runs one program after the other, each step an array operation: few large tiles.
-INTERPRETER = dict.fromkeys(AGGREGATION, Tile(1 << 16, 4, 1))
+INTERPRETER = dict.fromkeys(AGGREGATION, Tile(1 << 13, 4, 1))
 
 
 def tier(capability: tuple[int, int]) -> str:
@@ -98,11 +102,21 @@ def tier(capability: tuple[int, int]) -> str:
     return "sm_90" if capability[0] in (9, 10, 11) else "sm_86"
 
 
-def why_not(capability: tuple[int, int]) -> str | None:
-    """Why no kernel runs on a device of this compute capability; None if they do."""
+def version(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+
+
+def why_not(capability: tuple[int, int] | None) -> str | None:
+    """Why no kernel runs here on a device of this compute capability (None: the interpreter); None if they do."""
+    import triton
+
     if torch.version.hip:
         return "the Triton kernels are made for NVIDIA GPUs, this PyTorch is one for AMD's"
-    if capability >= LEAST_CAPABILITY:
+    if version(triton.__version__) < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        return f"the kernels need Triton {least} or newer (PyTorch 2.7 brings it), this is Triton {triton.__version__}"
+    if capability is None or capability >= LEAST_CAPABILITY:
         return None
     least, has = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
     return f"the Triton kernels need a GPU of compute capability {least} or newer (Ampere), this one has {has}"
@@ -141,31 +155,70 @@ class NoTileFits(RuntimeError):
 _fitting: dict[tuple, Tile] = {}
 
 
-def launch(
-    kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype, run: Callable[[Tile], Result]
-) -> Result:
-    """`run` with the kernel's tile, or with the next smaller one that the device has the resources for.
-
-    Raises:
-        NoTileFits: if even the smallest needs too much.
-    """
-    from triton.runtime.errors import OutOfResources
-
+def choice(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel on a device, or the interpreter's."""
     if device.type != "cuda" and kernel in INTERPRETER:
-        return run(INTERPRETER[kernel])
-    choice = choose(kernel, _capability(device), head_dim, dtype)
-    key = (kernel, device, head_dim, dtype, choice)
-    tile = _fitting.get(key, choice)
-    while tile is not None:
-        try:
-            result = run(tile)
-        except OutOfResources as error:
-            reason = str(error)
-            tile = smaller(kernel, tile)
+        return INTERPRETER[kernel]
+    return choose(kernel, _capability(device), head_dim, dtype)
+
+
+class Launch:
+    """A kernel with all that it takes but its tensors, which are its first parameters.
+
+    The first call compiles it, with the next smaller tile where the device lacks the resources. Calls after it go to
+    the compiled kernel with bound arguments, which takes a fifth of the time: so the tensors of all calls must be alike
+    in dtype, in which of them are None and in alignment to 16 bytes.
+
+    Args:
+        bound: for a tile, the number of programs, the other arguments by name (among others) and the warps.
+    """
+
+    def __init__(
+        self,
+        kernel,
+        device: torch.device,
+        head_dim: int,
+        dtype: torch.dtype,
+        bound: Callable[[Tile], tuple[int, dict, int]],
+    ):
+        self._kernel, self._bound = kernel, bound
+        self._where = (kernel.__name__, device, head_dim, dtype)
+        self._run: Callable | None = None
+        self._rest: tuple = ()
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Launch it.
+
+        Raises:
+            NoTileFits: if even the smallest tile needs too much.
+        """
+        if self._run is not None:
+            self._run(*tensors, *self._rest)
         else:
-            _fitting[key] = tile
-            return result
-    raise NoTileFits(f"{kernel} does not fit {torch.cuda.get_device_name(device)} at head_dim {head_dim}: {reason}")
+            self._compile(tensors)
+
+    def _compile(self, tensors: tuple) -> None:
+        from triton.runtime.errors import OutOfResources
+
+        chosen = choice(*self._where)
+        key = (*self._where, chosen)
+        tile = _fitting.get(key, chosen)
+        while tile is not None:
+            programs, named, warps = self._bound(tile)
+            rest = tuple(named[name] for name in self._kernel.arg_names[len(tensors) :])
+            try:
+                # None in the interpreter, which has nothing to keep.
+                compiled = self._kernel[(programs,)](*tensors, *rest, num_warps=warps, num_stages=tile.num_stages)
+            except OutOfResources as error:
+                reason = str(error)
+                tile = smaller(self._where[0], tile)
+            else:
+                _fitting[key] = tile
+                if compiled is not None:
+                    self._rest, self._run = rest, compiled[(programs, 1, 1)]
+                return
+        kernel, device, head_dim, _ = self._where
+        raise NoTileFits(f"{kernel} does not fit {torch.cuda.get_device_name(device)} at head_dim {head_dim}: {reason}")
 
 
 def run_or(step: Callable[[], Result], other: Callable[[], Result]) -> Result:

@@ -2,7 +2,7 @@
 
 In order: correctness on the device, what the card can do at most; at the main shape alone, the operator against its
 peers, which kernel takes how long, and the models; then the longer tests; then all sizes of the operator and of the
-models. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
+models. With --short, what is worth most of it in fifteen minutes and one process. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
 with the next, and within a piece with the next row. A gate that shows a wrong result ends the programme; tests that
 fail are recorded, named at the end, and run again by --piece only. Results are CSV files in one folder; tools/plot.py
 draws them.
@@ -23,13 +23,14 @@ from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if __name__ == "__main__":  # read when triton is imported, here and in the processes of the rows
     os.environ["TRITON_INTERPRET"] = str(int("--smoke" in sys.argv))
 
 import torch
 
-from benchmarks import card, device_checks, model_benchmark, operator_benchmark, peers
+from benchmarks import model_benchmark, operator_benchmark, peers
+from benchmarks.gpu import card, device_checks, short
 from benchmarks.harness import GateError, Limits, run, text_table
 from benchmarks.records import ROOT, Results, append_rows, commit, origin
 
@@ -257,10 +258,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--list", action="store_true", help="list the pieces, with those done, and end")
     add("--piece", type=int, metavar="N", help="only the piece of this number in the list, done or not")
     add("--smoke", action="store_true", help="everything tiny, on the CPU through Triton's interpreter; no GPU needed")
+    add(
+        "--short",
+        action="store_true",
+        help="fifteen minutes: the gate, then numbers in the order of their worth, then tests",
+    )
+    add("--resume", type=Path, metavar="FOLDER", help="with --short: results of an earlier run, to go on from")
     add("--fresh", action="store_true", help="also what is done already")
     add("--out", type=Path, help="folder of results (benchmarks/results/gpu; a temporary one with --smoke)")
     args = parser.parse_args(argv)
     folder = args.out or (Path(mkdtemp(prefix="fma2d-smoke-")) if args.smoke else ROOT / "benchmarks/results/gpu")
+    brief = short.Short(folder, args.smoke)
+    if args.short and args.list:
+        print(brief.table())
+        return 0
     programme = Programme(folder, args.smoke, args.fresh)
     pieces, done = programme.pieces(), {} if args.fresh else programme.done()
     if args.list:
@@ -271,6 +282,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("torch finds no GPU here; --smoke tries the programme on the CPU")
     if not args.smoke and (missing := _missing_for_launchers()):
         parser.error(f"Triton compiles the launcher of each kernel when it is first run, and there is no {missing}")
+    if args.short:
+        if args.resume:
+            short.resume(args.resume, folder)
+        return brief.run()
     if args.piece is not None and not 0 <= args.piece < len(pieces):
         parser.error(f"--piece must be from 0 to {len(pieces) - 1}; --list shows them")
     chosen = [p for p in pieces if p.name not in done] if args.piece is None else [pieces[args.piece]]

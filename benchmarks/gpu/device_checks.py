@@ -10,35 +10,27 @@ from torch import Tensor
 
 from fma2d import multipole_attention, num_levels, start_kernels
 
-from .harness import GateError
+from ..harness import GateError
 
 CELL_SIZE, RANK, HEADS, HEAD_DIM = 8, 4, 4, 64
 
 
 def _call(batch: int, side: int, device: str, variant: str = "linear", seed: int = 0) -> list[Tensor]:
-    """q, k, v in bfloat16 as a fused projection leaves them, then kernels, all to be learned."""
+    """q, k, v in bfloat16 as a fused projection leaves them, then the kernels of all levels, all to be learned."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (batch, side, side, 3, HEADS, HEAD_DIM)
     tokens = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-    levels = num_levels((side, side), CELL_SIZE) * (3 if variant == "linear" else 2)
-    kernels = [start_kernels(1, CELL_SIZE, RANK, 2, HEADS, HEAD_DIM, device=device) for _ in range(levels)]
-    return [
-        x.detach().requires_grad_() for x in (*tokens.movedim(-3, 0).movedim(-2, 2), *(w for k in kernels for w in k))
-    ]
+    sizes = (CELL_SIZE, RANK, 2, HEADS, HEAD_DIM)
+    levels = range(1, num_levels((side, side), CELL_SIZE) + 1)
+    stack = [start_kernels(n, *sizes, variant=variant, bins=CELL_SIZE, device=device) for n in levels]
+    return [x.detach().requires_grad_() for x in (*tokens.movedim(-3, 0).movedim(-2, 2), torch.stack(stack))]
 
 
 def _run(leaves: list[Tensor], variant: str = "linear", learn: bool = True) -> list[Tensor]:
     """Out and, with `learn`, the gradients of its sum weighted by itself."""
-    q, k, v, *flat = leaves
-    axes = [flat[i : i + 2] for i in range(0, len(flat), 2)]
-    groups = 3 if variant == "linear" else 2
-    levels = len(axes) // groups
-    kernels = [axes[i * levels : (i + 1) * levels] for i in range(groups)]
-    query_kernels = kernels[2] if groups == 3 else None
     with torch.set_grad_enabled(learn):
-        out = multipole_attention(
-            q, k, v, *kernels[:2], query_kernels=query_kernels, cell_size=CELL_SIZE, rank=RANK, backend="triton"
-        )
+        options = dict(cell_size=CELL_SIZE, rank=RANK, variant=variant, backend="triton")
+        out = multipole_attention(*leaves, **options)
     return [out.detach(), *(torch.autograd.grad(out, leaves, out.detach()) if learn else [])]
 
 

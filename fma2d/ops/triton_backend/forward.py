@@ -1,18 +1,19 @@
 """The forward kernels: the near field, and the linear variant's far field.
 
 A program makes one tile of queries, a cell or a run of a large cell's positions, and meets the keys of the cells around
-it in an online softmax. The far field enters the near field's softmax. `FAR` says how: "none" there is none (and a cell
-meets all cells), "state" (linear variant) as one more column a token, merged over the levels, "columns" (log-linear
-variant) as the summary tokens of every level's interaction list.
+it in an online softmax. The far field enters the near field's softmax. `FAR` says how: "state" (linear variant) as one
+more column a token, merged over the levels, "columns" (log-linear variant) as the summary tokens of every level's
+interaction list. With `EVEN` all cells are whole, no token is masked and tiles are whole, so that loads need no
+predicates.
 
-Scores are `factor * sign * q.k` in base 2 with `factor > 0`: so the largest score is that of the largest product, and
+Scores are `factor * SIGN * q.k` in base 2 with `factor > 0`: so the largest score is that of the largest product, and
 the scaling is part of the exponential's multiply-add.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_geometry import (
+from .indexing import (
     LN_2,
     LOWEST,
     SIZES,
@@ -27,10 +28,11 @@ from .triton_geometry import (
     locate_cell,
     own_cell,
     own_entry,
+    signed,
     split_program,
+    step_on,
     store_rows,
     token_tile,
-    walk,
     window,
 )
 
@@ -56,39 +58,39 @@ def finish(top, total, sums):
 
 @triton.jit(do_not_specialize=SIZES)
 def near_forward(
-    q, k, v, q_strides, k_strides, v_strides,
+    q, k, v,
     mask,  # uint8 [B, H, W]; None: all tokens exist
     far_k, far_v,  # lattices; "state": far_v is the merged one, of level 1 alone
     far_lse,  # of far_v, for "state"
     bias,  # [B, entries]: log2 n under a mask, for "columns"
     out, lse,  # lse natural, [B, H, W, heads]
-    factor, sign, height, width, heads, levels, entries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, FAR_BLOCK: tl.constexpr,
-    CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr, NDIM: tl.constexpr,
-    FAR: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    q_strides, k_strides, v_strides, factor, height, width, heads, levels, entries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FAR_BLOCK: tl.constexpr, CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr,
+    NDIM: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, COUNT_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of the tokens of one tile."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
-    STEPS: tl.constexpr = (CELL_Y * CELL_X + STEP - 1) // STEP  # to meet a cell
+    CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK_M - 1) // BLOCK_M
+    STEPS: tl.constexpr = (CELL_Y * CELL_X + BLOCK_N - 1) // BLOCK_N  # to meet a cell
     COLUMN_TILES: tl.constexpr = ((3 if NDIM == 1 else 27) * PARTS_Y * PARTS_X + FAR_BLOCK - 1) // FAR_BLOCK
     chunk, batch, head, cell_y, cell_x, cells_y, cells_x = own_cell(height, width, heads, CELL_Y, CELL_X, CHUNKS)
-    y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK)
+    y, x, inside, exists = token_tile(mask, batch, chunk, cell_y, cell_x, height, width, CELL_Y, CELL_X, BLOCK_M)
     queries = load_tokens(
-        q, q_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D
+        q, q_strides, batch, head, cell_y, cell_x, y, x, exists, CELL_Y, CELL_X, HEAD_DIM, BLOCK_D, EVEN
     )  # fmt: skip
-    queries = (queries.to(tl.float32) * sign).to(DTYPE)
+    queries = signed(queries, SIGN)
 
-    top = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if FAR == "state":
         entry = batch * entries + own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y, CELL_X, PARTS_Y, PARTS_X)
         entry = entry * heads + head
-        score = tl.load(far_lse + entry, mask=exists, other=float("-inf"))
+        score = tl.load(far_lse + entry) if EVEN else tl.load(far_lse + entry, mask=exists, other=float("-inf"))
         top = tl.maximum(score, LOWEST)
         total = tl.exp2(score - top)
-        sums = load_rows(far_v, entry * HEAD_DIM, exists, HEAD_DIM, BLOCK_D) * total[:, None]
+        sums = load_rows(far_v, entry * HEAD_DIM, exists, HEAD_DIM, BLOCK_D, EVEN) * total[:, None]
     if FAR == "columns":
         start = 0
         for step in range(levels * COLUMN_TILES):
@@ -99,26 +101,32 @@ def near_forward(
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend[None, :]
             top, total, sums = attend_to(scores, 1.0, values, top, total, sums, PRECISION)
 
-    first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, not CAUSAL, FAR == "none")
+    first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, not CAUSAL)
     column = cell_x * CELL_X + x
-    for step in range(rows * columns * STEPS):
-        chunk_k, cell_ky, cell_kx = walk(step, first_y, first_x, columns, STEPS)
+    chunk_k, cell_ky, cell_kx = 0, first_y, first_x
+    for _ in range(rows * columns * STEPS):
         keys, values, seen = load_near(
             k, v, k_strides, v_strides, mask, column, batch, head, chunk_k, cell_ky, cell_kx, height, width,
-            HEAD_DIM, BLOCK_D, STEP, CELL_Y, CELL_X, CAUSAL,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CELL_Y, CELL_X, CAUSAL, EVEN,
         )  # fmt: skip
-        products = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision=PRECISION), float("-inf"))
+        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if CAUSAL or not EVEN:
+            products = tl.where(seen, products, float("-inf"))
         top, total, sums = attend_to(products, factor, values, top, total, sums, PRECISION)
+        chunk_k, cell_ky, cell_kx = step_on(chunk_k, cell_ky, cell_kx, first_x, columns, STEPS)
 
-    result, score = finish(top, total, sums)
-    some = exists & (total > 0)
     token = first_token(batch, cell_y, cell_x, height, width, CELL_Y, CELL_X)
     offsets = (y * width + x) * heads
-    store_rows(
-        out + (token * heads + head) * HEAD_DIM, offsets * HEAD_DIM, inside,
-        tl.where(some[:, None], result, 0.0), HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
-    tl.store(lse + token * heads + head + offsets, tl.where(some, score * LN_2, float("-inf")), mask=inside)
+    out += (token * heads + head) * HEAD_DIM
+    lse += token * heads + head
+    if EVEN:  # a token sees itself
+        store_rows(out, offsets * HEAD_DIM, inside, sums * (1 / total)[:, None], HEAD_DIM, BLOCK_D, EVEN)
+        tl.store(lse + offsets, (top + tl.log2(total)) * LN_2)
+    else:
+        result, score = finish(top, total, sums)
+        some = exists & (total > 0)
+        store_rows(out, offsets * HEAD_DIM, inside, tl.where(some[:, None], result, 0.0), HEAD_DIM, BLOCK_D)
+        tl.store(lse + offsets, tl.where(some, score * LN_2, float("-inf")), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -126,10 +134,10 @@ def coarse_forward(
     q, k, v,  # lattices, float32
     bias,  # [B, entries]: log2 n under a mask
     out, lse,  # like q, not yet merged over the levels
-    factor, sign, height, width, heads, cells, entries, cell_size,  # cells: parents of all levels
+    factor, height, width, heads, cells, entries, cell_size,  # cells: parents of all levels
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     CELL_Y: tl.constexpr, CELL_X: tl.constexpr, PARTS_Y: tl.constexpr, PARTS_X: tl.constexpr,
-    COUNT_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT_BIAS: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Linear variant, all levels in one launch: the summary queries of one parent attend to their interaction lists."""
     CHUNKS: tl.constexpr = (CELL_Y * CELL_X + BLOCK - 1) // BLOCK
@@ -140,20 +148,21 @@ def coarse_forward(
     cells_y, cells_x = tl.cdiv(extent_y, CELL_Y), tl.cdiv(extent_x, CELL_X)
     y, x, exists = lattice_tile(chunk, cell_y, cell_x, extent_y, extent_x, CELL_Y, CELL_X, BLOCK)
     row = (batch * entries + start + y * extent_x + x) * heads + head
-    queries = load_rows(q, row * HEAD_DIM, exists, HEAD_DIM, BLOCK_D) * sign
+    queries = signed(load_rows(q, row * HEAD_DIM, exists, HEAD_DIM, BLOCK_D), SIGN)
 
     top = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_y, first_x, rows, columns = window(cell_y, cell_x, cells_y, cells_x, True, True)
-    for step in range(rows * columns * CHUNKS):
-        chunk_k, cell_ky, cell_kx = walk(step, first_y, first_x, columns, CHUNKS)
+    chunk_k, cell_ky, cell_kx = 0, first_y, first_x
+    for _ in range(rows * columns * CHUNKS):
         keys, values, addend = load_summaries(
             k, v, bias, y, x, chunk_k, level, start, batch, head, cell_ky, cell_kx, extent_y, extent_x, height, width,
             heads, entries, cell_size, HEAD_DIM, BLOCK_D, BLOCK, CELL_Y, CELL_X, PARTS_Y, PARTS_X, COUNT_BIAS,
         )  # fmt: skip
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor + addend
         top, total, sums = attend_to(scores, 1.0, values, top, total, sums, PRECISION)
+        chunk_k, cell_ky, cell_kx = step_on(chunk_k, cell_ky, cell_kx, first_x, columns, CHUNKS)
 
     result, score = finish(top, total, sums)
     store_rows(out, row * HEAD_DIM, exists, result, HEAD_DIM, BLOCK_D)
