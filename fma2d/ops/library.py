@@ -102,7 +102,7 @@ def _double_backward(ctx, grads):
         outputs = outputs[: len(cotangents)]
         first = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
         second = torch.autograd.grad(first, [*inputs, *cotangents], grads, materialize_grads=True)
-    d_inputs, d_cotangents = second[: len(inputs)], [*second[len(inputs) :], None][:2]
+    d_inputs, d_cotangents = list(second[: len(inputs)]), [*second[len(inputs) :], None][:2]
     return *d_inputs[:3], d_inputs[3:], None, None, None, *d_cotangents, *[None] * len(ctx.settings)
 
 

@@ -53,6 +53,7 @@ def _cover(call: Call) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     if key_mask is not None:
         q, k, v = (torch.where(key_mask[:, None, ..., None], x, 0) for x in (q, k, v))
     q, k, v = (x.to(dtype) for x in (q, k, v))
+    stacks = [stack.to(dtype) for stack in stacks]  # once: levels that share one add up in this dtype
     tokens_exist = _tokens_exist(q, key_mask, torch.bool)
 
     near, _ = _relation(grid, 0, options, q.device)
@@ -64,8 +65,7 @@ def _cover(call: Call) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         kernels = level_kernels(stacks, level)
         if kernels is None:
             sizes = (level, options.cell_size, options.rank, len(grid), 1, 1)
-            kernels = start_kernels(*sizes, variant=options.variant, device=q.device)
-        kernels = kernels.to(dtype)
+            kernels = start_kernels(*sizes, variant=options.variant, dtype=dtype, device=q.device)
         keys = _summaries(k, kernels[0], level, tokens_exist, count, options)
         values.append(_summaries(v, kernels[1], level, tokens_exist, count, options))
         if options.variant == "linear":

@@ -10,6 +10,7 @@ operations, which is how the second derivative is had (`library.py`).
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,8 @@ from .windows import Window, windows
 
 # Up to this many cells across, tiles are whole rows of cells: windows would be mostly outside the grid.
 FEW_CELLS = 5
-# Softmaxes are merged in pieces of about this many elements.
-MERGED = 1 << 19
+# Softmaxes are merged in pieces of about this many elements, of at most about so many positions along X.
+MERGED, WIDEST = 1 << 19, 1 << 10
 
 
 class State(NamedTuple):
@@ -186,7 +187,9 @@ class _Run:
                 before, lse_before = (self._own(x, level, box) for x in state)
                 box = (slice(None), *box)
                 own, lse_own = (x[box].clone() if is_followed() else x[box] for x in (value, lse))
-                total = torch.logaddexp(lse_own, lse_before)
+                top = torch.maximum(lse_own, lse_before).detach()
+                # Not logaddexp: its second derivative is NaN where the two are far apart.
+                total = ((lse_own - top).exp() + (lse_before - top).exp()).log() + top
                 value[box] = torch.lerp(own, before, (lse_before - total).exp()[..., None])
                 lse[box] = total
         return State(value, lse)
@@ -226,14 +229,14 @@ class _Run:
         return d_state
 
     def _boxes(self, x: Tensor) -> Iterator[Box]:
-        """Pieces of a level's positions, rows of whole cells and what lies in them."""
+        """Pieces of a level's positions."""
         depth, height, width = x.shape[1:4]
         cell = max(2, self.call.options.cell_size)
-        step = max(1, MERGED // max(1, cell * x[:, 0, 0].numel())) * cell
-        for z in range(0, depth, cell):
-            for y in range(0, height, step):
-                span = slice(0, width)
-                yield slice(z, min(depth, z + cell)), slice(y, min(height, y + step)), span
+        wide = cell * max(1, WIDEST // cell)
+        step = cell * max(1, MERGED // max(1, cell * x[:, 0, 0, :wide].numel()))
+        for start in product(range(0, depth, cell), range(0, height, step), range(0, width, wide)):
+            sizes = zip(start, (cell, step, wide), (depth, height, width), strict=True)
+            yield tuple(slice(n, min(extent, n + size)) for n, size, extent in sizes)
 
     def _entry(self, position, axis: int, level: int):
         """Along an axis, where the coarser level's state has the sub-cell of a position of this one."""
@@ -269,6 +272,7 @@ class _Run:
             if len(index) != span.stop - span.start:
                 own = (torch.arange(span.stop - span.start, device=d.device)[:, None] == index).to(d.dtype)
                 shape = d.shape
-                d = d.reshape(shape[:axis].numel(), len(index), -1)
-                d = torch.bmm(own.expand(len(d), -1, -1), d).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+                d = d.reshape(shape[:axis].numel(), len(index), shape[axis + 1 :].numel())
+                d = torch.bmm(own.expand(len(d), -1, -1), d)
+                d = d.reshape(*shape[:axis], len(own), *shape[axis + 1 :])
         total[(slice(None), *spans)] += d

@@ -40,7 +40,8 @@ class Aggregation:
         self.call, self.kinds, self.dtype, self.learn = call, kinds, dtype, learn
         self.grid, self.parts = call.grid, tiling(call.options.rank, len(call.grid))
         self.mask = None if call.key_mask is None else call.key_mask[..., None, None]
-        self.weights = [self._weights(level, call.kernels) for level in range(1, call.levels + 1)]
+        stacks = [stack.to(dtype) for stack in call.kernels]  # once: levels that share one add up in this dtype
+        self.weights = [self._weights(level, stacks) for level in range(1, call.levels + 1)]
         self.sizes = [self._side(level) // w.shape[-1] for level, w in enumerate(self.weights, 1)]
         # By size of block: the levels that use it, the larger sizes summed from it, its sums.
         self.users = {size: [i + 1 for i, s in enumerate(self.sizes) if s == size] for size in sorted({1, *self.sizes})}
@@ -71,7 +72,7 @@ class Aggregation:
             sizes = (level, options.cell_size, options.rank, len(self.grid), 1, 1)
             start = start_kernels(*sizes, variant=options.variant, dtype=self.dtype, device=self.call.q.device)
             return start[0]
-        kernels = kernels[self.kinds].to(self.dtype)
+        kernels = kernels[self.kinds]
         return kernels.expand(-1, -1, -1, self.call.q.shape[1], -1, -1).movedim(0, 2).flatten(2, 3)
 
     def _pieces(self, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -173,7 +174,7 @@ class Aggregation:
         if not self.call.kernels:
             return []
         with followed():
-            stacks = [stack.detach().requires_grad_() for stack in self.call.kernels]
+            stacks = [stack.detach().to(self.dtype).requires_grad_() for stack in self.call.kernels]
             used = [self._weights(level, stacks) for level in range(1, len(d_weights) + 1)]
             return list(torch.autograd.grad(used, stacks, d_weights, allow_unused=True, materialize_grads=True))
 
