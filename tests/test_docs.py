@@ -56,7 +56,7 @@ def broken_links(page):
 def options_of(program):
     """The options of a program and of its subcommands, from its parser; nothing is parsed."""
     pytest.importorskip("fma2d.ops.triton_backend")  # before a program that reads Triton's settings otherwise
-    with patch.dict(os.environ):  # tools/kernel_report.py sets them for its own process
+    with patch.dict(os.environ):  # benchmarks/gpu/kernel_report.py sets them for its own process
         main = import_module(program.removesuffix(".py").replace("/", ".")).main
     with (
         patch.object(ArgumentParser, "parse_args", autospec=True, side_effect=SystemExit) as parse_args,

@@ -268,7 +268,10 @@ def test_fma2d_nano_trains_as_with_the_reference(monkeypatch):
 def test_op_is_registered_as_it_should(case):
     call = moved(a_call(**SMALL[case]))
     leaves = [x.requires_grad_() for x in (*call[:3], *call.kernels)]
-    op, arguments = torch.ops.fma2d.multipole_attention.default, (*leaves[:3], leaves[3:], None, *call.options, "triton")
+    op, arguments = (
+        torch.ops.fma2d.multipole_attention.default,
+        (*leaves[:3], leaves[3:], None, *call.options, "triton"),
+    )
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     out, lse = (x.detach() for x in op(*arguments))
     arguments = (*arguments[:5], out, lse, torch.ones_like(out), None, *arguments[5:])

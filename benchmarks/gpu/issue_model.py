@@ -1,8 +1,8 @@
 """How long the launches of the main shape take at the least, by the instructions that are issued and the bytes moved.
 
-A multiprocessor issues one instruction of a warp a clock from each of its four schedulers; memory is counted with what
-does not fit into L2, as docs/kernels.md lists it. Of both times the larger counts. Nothing here has been measured: waits
-for what was loaded, and programs too few to fill the GPU, come on top.
+A multiprocessor issues one instruction of a warp a clock from each of its four schedulers; bytes are those of arrays
+read or written once. Of both times the larger counts. Nothing here has been measured: waits for what was loaded, and
+programs too few to fill the GPU, come on top.
 
 The main shape: 256 x 256 tokens, 2 heads of 64, bfloat16, cell size 8, rank 4, one image.
 """
@@ -20,7 +20,8 @@ CELLS = SIDE // CELL
 # Parents of each level, a side.
 PARENTS = [CELLS // 2 ** (level + 1) for level in range(LEVELS)]
 MB = 1e6
-TOKEN, BLOCKS, LATTICE = TOKENS * 2, TOKENS * 4 * (1 / 4 + 1 / 16), TOKENS * 4 / 16 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
+TOKEN, BLOCKS = TOKENS * 2, TOKENS * 4 * (1 / 4 + 1 / 16)
+LATTICE = TOKENS * 4 / 16 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
 FAR = TOKENS * 4 / 16
 
 
@@ -108,7 +109,9 @@ def times(variant: str, calls: Sequence[tuple[str, int, object]]) -> list[dict]:
         return dict.fromkeys(lines[0], "") | dict(variant=variant, kernel=name) | sums
 
     far = ("coarse_forward", "merge_levels", "collect", "coarse_dq", "coarse_dkdv")
-    sums = [total(f"all of the {step}", lambda line, step=step: line["step"] == step) for step in ("forward", "backward")]
+    sums = [
+        total(f"all of the {step}", lambda line, step=step: line["step"] == step) for step in ("forward", "backward")
+    ]
     if variant == "linear":
         sums.append(total("coarse far field, both", lambda line: line["kernel"] in far))
     return [*lines, *sums]

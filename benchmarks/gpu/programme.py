@@ -2,8 +2,8 @@
 
 In order: correctness on the device, what the card can do at most; at the main shape alone, the operator against its
 peers, which kernel takes how long, and the models; then the longer tests; then all sizes of the operator and of the
-models. With --short, what is worth most of it in fifteen minutes and one process. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
-with the next, and within a piece with the next row. A gate that shows a wrong result ends the programme; tests that
+models. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
+with the next, and within a piece with the next row. With --short, what is worth most in fifteen minutes. A gate that shows a wrong result ends the programme; tests that
 fail are recorded, named at the end, and run again by --piece only. Results are CSV files in one folder; tools/plot.py
 draws them.
 """
@@ -258,7 +258,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--list", action="store_true", help="list the pieces, with those done, and end")
     add("--piece", type=int, metavar="N", help="only the piece of this number in the list, done or not")
     add("--smoke", action="store_true", help="everything tiny, on the CPU through Triton's interpreter; no GPU needed")
-    add("--short", action="store_true", help="fifteen minutes: the gate, then numbers in the order of their worth, then tests")
+    add(
+        "--short",
+        action="store_true",
+        help="fifteen minutes: the gate, then numbers in the order of their worth, then tests",
+    )
     add("--resume", type=Path, metavar="FOLDER", help="with --short: results of an earlier run, to go on from")
     add("--fresh", action="store_true", help="also what is done already")
     add("--out", type=Path, help="folder of results (benchmarks/results/gpu; a temporary one with --smoke)")

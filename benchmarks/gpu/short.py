@@ -58,9 +58,9 @@ class Short:
     def parts(self) -> list[Part]:
         return [
             Part("gate", 90, "4 x 18 kernels compiled, about 1 s each; the reference in float64, under 1 s", self.gate),
-            Part("operator", 80, "28 rows: 0.3 s of calls, 1 s to build; dense at 512 is 0.1 s a call", self.operator),
+            Part("operator", 80, "26 rows: 0.3 s of calls, 1 s to build; dense at 512 is 0.1 s a call", self.operator),
             Part("kernels", 20, "4 profiles of 20 calls", self.kernels),
-            Part("models", 120, "8 rows: 6 s to build, 5 s to compile and tune convolutions, 1 to 3 s of calls", self.models),
+            Part("models", 120, "6 rows: 6 s to build, 5 s for kernels, 1 to 3 s of calls", self.models),
             Part("checks", 30, "graph, stream and repetition: compiled for 4 heads and for 8 more shapes", self.checks),
             Part("peers", 90, "8 rows; FlexAttention compiles for 10 s a size", self.peers),
             Part("log-linear", 30, "6 rows, compiled by the gate", self.loglinear),
@@ -146,7 +146,11 @@ class Short:
         self._rows("operator.csv", (t for side in sides for t in self._tasks(side, modes, (OURS,), "loglinear")))
 
     def _tasks(self, side: int, modes: Iterable[str], names: Iterable[str], variant: str = "linear") -> list[Task]:
-        shape = dict(batch=1, heads=1, head_dim=8) if self.smoke else dict(batch=8 if side < 512 else 2, heads=2, head_dim=64)
+        shape = (
+            dict(batch=1, heads=1, head_dim=8)
+            if self.smoke
+            else dict(batch=8 if side < 512 else 2, heads=2, head_dim=64)
+        )
         cell, found = 4 if self.smoke else 8, []
         for mode, name in product(modes, names):
             subject = dict(benchmark="operator", name=name, mode=mode, height=side, width=side, **shape)
@@ -159,7 +163,11 @@ class Short:
 
     def models(self) -> None:
         size, batch = (64, 1) if self.smoke else (1024, 4)
-        names = ("fma2d_nano", "mit_b0") if self.smoke else ("fma2d_base", "swin_base_patch4_window7_224", "vit_base_patch16_224")
+        names = (
+            ("fma2d_nano", "mit_b0")
+            if self.smoke
+            else ("fma2d_base", "swin_base_patch4_window7_224", "vit_base_patch16_224")
+        )
         setting = dict(batch=batch, device=self.device, dtype=self.dtype)
         modes = model_benchmark.MODES[:1] if self.smoke else model_benchmark.MODES
         tasks = [t for mode in modes for t in model_benchmark.tasks(names, [size], [mode], **setting)]
@@ -168,7 +176,9 @@ class Short:
     def kernels(self) -> None:
         """Microseconds of every kernel of the main shape, one image: to be laid beside the modelled times."""
         for variant, mode in product(operator_benchmark.VARIANTS, ("forward", "forward+backward")):
-            side, shape = (12, dict(batch=1, heads=1, head_dim=8)) if self.smoke else (256, dict(batch=1, heads=2, head_dim=64))
+            side, shape = (
+                (12, dict(batch=1, heads=1, head_dim=8)) if self.smoke else (256, dict(batch=1, heads=2, head_dim=64))
+            )
             subject = dict(benchmark="operator", name=OURS, mode=mode, variant=variant)
             shape |= dict(height=side, width=side, cell_size=4 if self.smoke else 8)
             step = operator_benchmark.build(**subject, **shape, device=self.device, dtype=self.dtype).step
@@ -177,7 +187,9 @@ class Short:
                 print("the profiler sees no kernels in the interpreter")
                 return
             rows = card.kernel_times(step, 20)
-            print(f"\n{mode}, {variant}\n" + text_table(list(rows[0]), [list(row.values()) for row in rows]), flush=True)
+            print(
+                f"\n{mode}, {variant}\n" + text_table(list(rows[0]), [list(row.values()) for row in rows]), flush=True
+            )
             facts = subject | shape | origin(self.device)
             columns = [*subject, *shape, "machine", "torch", "commit", *rows[0]]
             append_rows(self.folder / "kernels.csv", columns, [facts | row for row in rows])
@@ -191,7 +203,9 @@ class Short:
             if known is None:
                 known = row | measure(task, 0.0 if self.smoke else REPEAT_SECONDS)
                 results.append(known)
-            print(f"{task}: {known['median_ms'] or known['status']} ms, peak {known['peak_mib'] or '-'} MiB", flush=True)
+            print(
+                f"{task}: {known['median_ms'] or known['status']} ms, peak {known['peak_mib'] or '-'} MiB", flush=True
+            )
             rows.append(known)
         return rows
 

@@ -30,7 +30,6 @@ from .indexing import (
     window,
 )
 
-
 # So many sub-cells are taken in one after the other.
 MOST_IN_TURN = tl.constexpr(4)
 
