@@ -67,14 +67,21 @@ def create(name: str, size: int, **options) -> nn.Module:
 
 
 def build(*, benchmark, name, mode, height, width, batch, device, dtype, photo=None, **options) -> Work:
-    """The work of a row: logits of a batch without gradients, or a whole step of AdamW."""
+    """The work of a row."""
     torch.manual_seed(0)
-    train = mode == "training step"
     like = dict(device=device, dtype=getattr(torch, dtype))
-    model = create(name, height, **options).to(**like).train(train)
+    model = create(name, height, **options).to(**like)
     images = (torch.randn(1, 3, height, width) if photo is None else load_photo(photo, height)).to(**like)
-    images = images.expand(batch, -1, -1, -1).contiguous()
-    target = torch.zeros(batch, dtype=torch.long, device=device)
+    stride = model.feature_info[0]["reduction"]
+    tokens = batch * (height // stride) * (width // stride)
+    return work_of(model, images.expand(batch, -1, -1, -1).contiguous(), tokens, train=mode == "training step")
+
+
+def work_of(model: nn.Module, images: Tensor, tokens: int, train: bool = False) -> Work:
+    """Logits of a batch without gradients, or a whole step of AdamW."""
+    model.train(train)
+    batch = len(images)
+    target = torch.zeros(batch, dtype=torch.long, device=images.device)
     optimizer = torch.optim.AdamW(model.parameters()) if train else None
 
     def step() -> Tensor:
@@ -92,14 +99,11 @@ def build(*, benchmark, name, mode, height, width, batch, device, dtype, photo=N
             raise GateError(f"logits are not {batch} x {CLASSES} finite numbers")
 
     def warm_up() -> None:
-        F.conv2d(images[..., :32, :32], torch.zeros(8, 3, 4, 4, **like)).flatten(2) @ torch.zeros(29 * 29, 8, **like)
+        F.conv2d(images[..., :32, :32], images.new_zeros(8, 3, 4, 4)).flatten(2) @ images.new_zeros(29 * 29, 8)
 
     def facts() -> dict:
-        stride = model.feature_info[0]["reduction"]
         parameters = sum(p.numel() for p in model.parameters())
-        return dict(
-            tokens=batch * (height // stride) * (width // stride), params=parameters, macs=count_macs(model, images)
-        )
+        return dict(tokens=tokens, params=parameters, macs=count_macs(model, images))
 
     return Work(step=step, check=check, warm_up=warm_up, facts=facts)
 

@@ -16,6 +16,8 @@ from .harness import GateError, Task, Work, check_results, text_table
 MODES = ("forward", "forward+backward")
 VARIANTS = ("linear", "loglinear")
 DENSE = "sdpa"
+# Tokens a side and batch: what a model's stages have at 224 and 512 px, and beyond.
+TABLE = (*((n, 4) for n in (8, 12, 14, 16, 20, 24, 28, 32, 48, 56, 64)), (128, 1), (256, 1))
 
 
 def tasks(
@@ -190,6 +192,20 @@ def table(rows: list[dict]) -> str:
             lines.append([*line, _bytes_per_token(row), _bytes_per_token(peer)])
     header = ["tokens", "mode", "name", "variant", "ms", f"{DENSE} ms", "faster", "bound", "of it", "B/token"]
     return "\n".join([text_table([*header, f"{DENSE} B/token"], lines), *notes])
+
+
+def ratios(rows: list[dict]) -> str:
+    """Time of dense attention over that of fma2d in the same run: a line for each grid and variant."""
+    times = {(*_place(row), row["name"], row["variant"]): row for row in rows if row["status"] == "ok"}
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        peer = times.get((*_place(row), DENSE, ""))
+        if row["name"] != DENSE and row["status"] == "ok" and peer:
+            line = lines.setdefault((f"{row['height']}x{row['width']}", row["batch"], row["name"], row["variant"]), {})
+            line[row["mode"]] = f"{float(peer['median_ms']) / float(row['median_ms']):.2f}"
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    table = [[*line, *(found.get(mode, "-") for mode in modes)] for line, found in lines.items()]
+    return text_table(["tokens", "batch", "name", "variant", *modes], table)
 
 
 def _place(row: dict) -> tuple:

@@ -13,6 +13,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from tools.ending import InputError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # What is measured, and under which settings: two rows are of the same thing where all of these agree.
@@ -24,7 +26,7 @@ ORIGIN = ("timestamp", "python", "triton", "timm", "fma2d", "commit", "command")
 COLUMNS = KEY + RESULT + ORIGIN
 
 
-class RecordsError(ValueError):
+class RecordsError(InputError):
     """A results file that cannot be read."""
 
 
@@ -177,14 +179,16 @@ def commit() -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!research/results")
         return git("rev-parse", "--short", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
 def command() -> str:
-    """The command line of this run, the program's path relative to the repository."""
+    """The command line of this run, the program's path relative to the repository, or a module's name after -m."""
     program = Path(sys.argv[0]).resolve()
     name = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else program.name
-    return shlex.join([name, *sys.argv[1:]])
+    module = name.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    words = ["-m", module] if module.startswith(("benchmarks", "research")) else [name]
+    return shlex.join([*words, *sys.argv[1:]])

@@ -22,10 +22,12 @@ MODELS = {
 }
 
 
-def tasks(models: Sequence[str], sizes: Sequence[int], modes: Sequence[str] = MODES, **setting) -> list[Task]:
+def tasks(
+    models: Sequence[str], sizes: Sequence[int], modes: Sequence[str] = MODES, batch: int = 1, **setting
+) -> list[Task]:
     """Tasks for each size, mode and model; `setting`: of `Task`."""
     subjects = [
-        dict(benchmark="segmentation", name=name, mode=mode, height=size, width=size, batch=1)
+        dict(benchmark="segmentation", name=name, mode=mode, height=size, width=size, batch=batch)
         for size in sorted(sizes)
         for mode in modes
         for name in models

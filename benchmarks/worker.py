@@ -18,7 +18,7 @@ import torch
 from .harness import OUT_OF_MEMORY, GateError
 
 MIB = 1 << 20
-MAX_REPEATS = 20
+MAX_REPEATS = 100
 # On a GPU, calls that are timed together last about this long, so that starting and awaiting them does not count.
 GPU_SECONDS = 0.02
 

@@ -23,7 +23,7 @@ def help_text(program, *command):
     text = io.StringIO()
     with (
         mock.patch.object(sys, "argv", [program, *command, "--help"]),
-        mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]),
+        mock.patch.object(sys, "path", [str(ROOT / "tools"), str(ROOT), *sys.path]),
         mock.patch.dict("os.environ", COLUMNS="100"),
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(text),

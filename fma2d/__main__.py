@@ -1,8 +1,16 @@
-"""Command line: `python -m fma2d doctor` says what is installed, what runs on this machine, and how to get the rest."""
+"""Command line.
+
+python -m fma2d doctor                   what is installed, what runs on this machine, and how to get the rest
+python -m fma2d run SCRIPT ARGS...       a program that knows models by their names only, as timm's train.py
+python -m fma2d run -m MODULE ARGS...    the same with a module
+"""
 
 import argparse
+import os
 import platform
-from importlib import metadata
+import runpy
+import sys
+from importlib import metadata, util
 
 import torch
 
@@ -84,13 +92,42 @@ def doctor():
         print(f"{name:<16} {text}")
 
 
+def run(words, parser):
+    """Run a script, or with -m a module, as Python itself would; fma2d's models are registered with timm by then."""
+    is_module = words[:1] == ["-m"]
+    name, *arguments = words[is_module:] or [None]
+    if name is None or (name.startswith("-") and not is_module):
+        parser.error("name a script, or -m and a module")
+    sys.argv = [name, *arguments]
+    if is_module:
+        try:
+            found = util.find_spec(name)
+        except (ModuleNotFoundError, ValueError):
+            found = None
+        if found is None:
+            parser.error(f"there is no module {name}")
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    elif not os.path.exists(name):
+        parser.error(f"there is no script {name}")
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(name))
+        runpy.run_path(name, run_name="__main__")
+
+
 def main(argv=None):
     """Entry point of `python -m fma2d`."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m fma2d", description="Fast Multipole Attention for PyTorch")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what runs on this machine, how to get the rest")
-    parser.parse_args(argv)
-    doctor()
+    text = "run a program that knows models by their names only, as timm's train.py, with fma2d's models there"
+    program = commands.add_parser("run", help=text, usage="python -m fma2d run [-m] PROGRAM [ARGS ...]")
+    program.add_argument("program", metavar="PROGRAM", help="a script, or with -m a module; the rest is for it")
+    if argv[:1] == ["run"] and argv[1:] not in (["-h"], ["--help"]):
+        run(argv[1:], program)
+    else:
+        parser.parse_args(argv)
+        doctor()
 
 
 if __name__ == "__main__":

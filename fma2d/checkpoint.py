@@ -5,11 +5,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from uuid import uuid4
 
-import torch
 from safetensors.torch import save
 from timm.utils import unwrap_model
 from torch import Tensor, distributed, nn

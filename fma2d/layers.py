@@ -4,8 +4,10 @@ import torch
 from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-# Without gradients, Mix-FFN's hidden features exist for about this many elements at a time.
+# Without gradients, Mix-FFN's hidden features exist for about this many elements at a time; with gradients, of more than
+# that only one map is kept for the backward pass, not three.
 BAND = 1 << 22
 
 
@@ -28,8 +30,9 @@ class PatchEmbed(nn.Module):
 class MixFFN(nn.Module):
     """Linear, 3x3 depthwise convolution, GELU, linear, on `[B, H, W, dim]`; the convolution gives position.
 
-    Without gradients it runs in bands of rows, each with a row of its neighbours on either side, so that the hidden
-    features of the whole image, which would set the peak of memory, never exist at once.
+    Hidden features would set the peak of memory. Without gradients it runs in bands of rows, each with a row of its
+    neighbours on either side, so that those of the whole image never exist at once; with gradients, convolution and
+    GELU of a large image are computed again in the backward pass.
     """
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None):
@@ -41,9 +44,14 @@ class MixFFN(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._hidden(x, 0, x.shape[1])
         batch, height, width, _ = x.shape
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._hidden(x, 0, height)
+        if torch.is_grad_enabled():
+            x = self.fc1(x)
+            if x.numel() <= BAND or torch._C._are_functorch_transforms_active():  # which know no recomputation
+                return self._rest(x, 0, height)
+            return checkpoint(self._rest, x, 0, height, use_reentrant=False, preserve_rng_state=self.drop.p > 0)
         band = max(1, BAND // max(1, batch * width * self.fc1.out_features))
         if band >= height:
             return self._hidden(x, 0, height)
@@ -60,7 +68,10 @@ class MixFFN(nn.Module):
 
     def _hidden(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the result; those outside are only a neighbourhood."""
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, start:stop]
+        return self._rest(self.fc1(x), start, stop)
+
+    def _rest(self, x: Tensor, start: int, stop: int) -> Tensor:
+        x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, start:stop]
         return self.drop(self.fc2(self.drop(self.act(x))))
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import report_layer
 from .geometry import check_positive, tiling
 from .kernels import VARIANTS, adapt_kernels, start_kernels
-from .ops import BACKENDS, exportable, multipole_attention
-
-if TYPE_CHECKING:
-    from .text.cache import Cache
+from .ops import BACKENDS, multipole_attention, portable
 
 AGGREGATIONS = ("learned", "mean")
 
@@ -197,7 +192,7 @@ class FMA2d(_FMA):
         proj_drop: dropout after the last projection.
         backend: see `multipole_attention`.
         export_levels: None, or run in operations that ONNX knows, for grids of at most this many levels; see
-            `fma2d.ops.exportable`. `backend` then plays no part, and a mask is refused.
+            `fma2d.ops.portable`. `backend` then plays no part, and a mask is refused.
         device, dtype: of the parameters.
     """
 
@@ -238,18 +233,25 @@ class FMA2d(_FMA):
         )
         self.export_levels = export_levels
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         if self.export_levels is None:
-            return super().attend(q, k, v, key_mask)
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(
+                    "ONNX has no operator for FMA2d: make the model with timm.create_model(..., exportable=True)"
+                )
+            return super().forward(x, key_mask)
         if key_mask is not None:
             raise ValueError("key_mask cannot be given to a module made for export (export_levels)")
-        # Until the portable form takes stacks: per kind and axis, of sum 1.
-        groups = ([], [], []) if self.kernels is None else [
-            [list(axes) for axes in kind] for kind in (self.kernels / self.cell_size).transpose(0, 1)
-        ]
-        query = groups[2] if self.variant == "linear" else None
-        cells = dict(levels=self.export_levels, cell_size=self.cell_size, rank=self.rank)
-        return exportable.attention(q, k, v, groups[0], groups[1], query, **cells)
+        out = portable.attention(
+            self.qkv(x),
+            [] if self.kernels is None else [self.kernels],
+            heads=self.num_heads,
+            levels=self.export_levels,
+            cell_size=self.cell_size,
+            rank=self.rank,
+            variant=self.variant,
+        )
+        return self.proj_drop(self.proj(out))
 
 
 class FMA1d(_FMA):
@@ -304,18 +306,3 @@ class FMA1d(_FMA):
 
     def call_options(self) -> dict:
         return super().call_options() | dict(count_bias=self.count_bias)
-
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """`[B, N, dim]` to the same; `key_mask` bool, broadcastable to `[B, N]`, True where a token exists.
-
-        `cache`, of a causal module, holds what earlier calls have seen (`fma2d.text.MultipoleCache`): x then goes on
-        where they ended, and what it says is added to the cache.
-        """
-        return self.merge(self.attend(*self.project(x), key_mask, cache))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        if cache is None:
-            return super().attend(q, k, v, key_mask)
-        if not self.causal:
-            raise ValueError("a cache is for causal modules: in others, later tokens change earlier outputs")
-        return cache.extend(q, k, v, key_mask, super().attend)

@@ -95,8 +95,8 @@ def segment(
     if len(image) != 1:
         raise ValueError(f"image must be one image, got a batch of {len(image)}")
     head = model.decode_head
-    if head.align_corners or head.out_channels == 1:
-        raise ValueError("the head must have align_corners=False and more than one output channel")
+    if head.align_corners:
+        raise ValueError("the head must have align_corners=False")
     height, width = size or image.shape[-2:]
     features = model.extract_feat(image)
     in_tiles = type(head) is SegformerHead and head.interpolate_mode == "bilinear"
@@ -114,5 +114,7 @@ def segment(
         logits = resize_part(logits, seen, image.shape[-2:], map_size)
         logits = resize_part(logits, parts, (height, width), image.shape[-2:])
         (top, bottom), (left, right) = parts
-        result[top:bottom, left:right] = logits[0].argmax(0)
+        # One channel tells the second of two classes from the first.
+        found = logits[0, 0].sigmoid() > head.threshold if head.out_channels == 1 else logits[0].argmax(0)
+        result[top:bottom, left:right] = found
     return result

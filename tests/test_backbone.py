@@ -9,13 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fma2d
 from fma2d import layers
 from fma2d.backbone import FMA2DBackbone
-from fma2d.baselines import (
-    DenseAttention,
-    NearFieldAttention,
-    SpatialReductionAttention,
-    WindowAttention,
-    mit_attention,
-)
+from fma2d.baselines import DenseAttention, SpatialReductionAttention, mit_attention
+from research.attention_layers import NearFieldAttention, WindowAttention
 
 
 @pytest.mark.parametrize("name, millions, kernel_millions", [("base", 87.8, 0.2), ("large", 196.5, 0.3)])

@@ -91,6 +91,20 @@ def test_what_goes_wrong_in_the_worker_has_a_name(monkeypatch):
         in_this_process("broken", monkeypatch)
 
 
+def test_times_are_the_deciles_of_the_calls_after_the_first(monkeypatch):
+    calls = iter([0.9, *(0.001 * n for n in range(1, 12)), *[0.5] * 1000])
+    monkeypatch.setattr(worker, "_timed", lambda *_: (next(calls), None))
+    monkeypatch.setattr(worker, "MAX_REPEATS", 11)
+    monkeypatch.setattr(worker, "_limit_memory", lambda gib: None)
+    order = {name: getattr(task("sized"), name) for name in ("build", "subject", "device", "dtype", "extra")}
+    row = worker.answer(order | dict(threads=None, memory_gib=None, repeat_seconds=1.0))
+    assert [row[name] for name in ("repeats", "q10_ms", "median_ms", "q90_ms")] == [11, "2", "6", "10"]
+    # One that takes longer than it is to be repeated for is the only one.
+    calls = iter([2.0, 1.0])
+    row = worker.answer(order | dict(threads=None, memory_gib=None, repeat_seconds=1.0))
+    assert [row[name] for name in ("repeats", "median_ms")] == [1, "2000"]
+
+
 def test_the_device_that_runs_is_awaited(monkeypatch):
     """Only the current device was, cuda:0, so that times on another were those of starting the work."""
     awaited = []
@@ -158,11 +172,11 @@ def test_flop_bound_is_the_one_counted_on_paper():
 
 
 def test_operator_benchmark_end_to_end(tmp_path, capsys):
-    from tools import benchmark, plot
+    from benchmarks.__main__ import main
 
     path = tmp_path / "operator.csv"
-    options = ["--grids", "40", "--threads", "1", "--repeat", "0", "--head-dim", "8", "--out", str(path)]
-    assert benchmark.main(["operator", "--modes", "forward+backward", *options]) == 0
+    options = ["--sizes", "40", "--threads", "1", "--repeat", "0", "--head-dim", "8", "--out", str(path)]
+    assert main(["operator", "--modes", "forward+backward", *options]) == 0
     rows = read_rows(path)
     assert [(row["name"], row["status"], row["tokens"]) for row in rows] == [
         ("fma2d-torch", "ok", "1600"),
@@ -171,35 +185,63 @@ def test_operator_benchmark_end_to_end(tmp_path, capsys):
     assert int(rows[1]["macs"]) == 7 * 1600**2 * 2 * 8
     printed = capsys.readouterr().out
     assert "bound" in printed and "40x40" in printed
-    assert plot.main([str(path), "--out", str(tmp_path / "figures")]) == 0
+    assert main(["draw", str(path), "--out", str(tmp_path / "figures")]) == 0
     [figure] = (tmp_path / "figures").iterdir()
     assert figure.name == "operator_forward_backward.png" and figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_each_size_has_its_batch(monkeypatch):
+    from benchmarks import operator_benchmark
+    from benchmarks.__main__ import parse, plan
+
+    tasks = plan(parse(["model", "--models", "fma2d_nano", "--sizes", "512", "224", "--batch", "1", "4"]))
+    assert [(task.subject["height"], task.subject["batch"]) for task in tasks] == [(224, 4), (512, 1)]
+    monkeypatch.setattr(operator_benchmark, "gate", lambda *_: None)
+    found = dict.fromkeys((t.subject["width"], t.subject["batch"]) for t in plan(parse(["operator", "--table"])))
+    assert tuple(found) == operator_benchmark.TABLE
+    with pytest.raises(SystemExit):
+        parse(["model", "--sizes", "64", "96", "128", "--batch", "1", "4"])
+
+
+def test_ratios_are_of_dense_attention_in_the_same_place():
+    from benchmarks.operator_benchmark import ratios
+
+    place = dict(height="8", width="8", heads="2", head_dim="64", device="cpu", dtype="float32", status="ok")
+    own, dense = dict(name="fma2d-torch", variant="linear"), dict(name="sdpa", variant="")
+    rows = [
+        place | kind | dict(batch=batch, mode=mode, median_ms=ms)
+        for batch, mode, times in (("4", "forward", "28"), ("4", "backward", "21"), ("1", "backward", "96"))
+        for kind, ms in zip((own, dense), times, strict=True)
+    ]
+    lines = [line.split() for line in ratios(rows).splitlines()]
+    assert lines[0] == ["tokens", "batch", "name", "variant", "forward", "backward"]
+    assert lines[2:] == [["8x8", "4", *own.values(), "4.00", "0.50"], ["8x8", "1", *own.values(), "-", "0.67"]]
+
+
 def test_wrong_operator_is_not_timed(tmp_path, capsys, monkeypatch):
     from benchmarks import operator_benchmark
-    from tools import benchmark
+    from benchmarks.__main__ import main
 
     def slightly_wrong(*args, backend, **options):
         return true(*args, backend=backend, **options) * (1.0001 if backend == "torch" else 1)
 
     true = operator_benchmark.multipole_attention
     monkeypatch.setattr(operator_benchmark, "multipole_attention", slightly_wrong)
-    assert benchmark.main(["operator", "--grids", "16", "--out", str(tmp_path / "rows.csv")]) == 1
+    assert main(["operator", "--sizes", "16", "--out", str(tmp_path / "rows.csv")]) == 1
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("error: torch backend, linear, float32, cpu: out is") and "\n" not in errors
     assert not (tmp_path / "rows.csv").exists()
 
 
 def test_interrupted_benchmark_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    from tools import benchmark
+    from benchmarks.__main__ import main
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness, "measure", interrupt)
     words = ["model", "--models", "fma2d_nano", "--sizes", "64", "--out", str(tmp_path / "rows.csv")]
-    assert benchmark.main(words) == 130
+    assert main(words) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
 
 
@@ -219,6 +261,31 @@ def test_model_benchmark_builds_and_checks(mode):
         assert facts["tokens"] == 2 * 16 * 16 and facts["params"] > 3e6 and facts["macs"] > 5e7
 
 
+def test_models_are_compared_with_the_swin_of_their_size_and_batch():
+    from benchmarks.figures import cost_figure
+    from benchmarks.model_benchmark import table
+
+    blank = dict.fromkeys(COLUMNS, "") | dict(benchmark="model", mode="inference", dtype="float32", device="cpu")
+    blank |= dict(height="64", width="64", tokens="256", params="2000000", macs="3000000000", status="ok")
+    measured = (
+        ("swin_tiny_patch4_window7_224", "1", "200", "10", "30"),
+        ("fma2d_tiny", "1", "100", "20", "60"),
+        ("swin_tiny_patch4_window7_224", "4", "400", "10", "90"),
+        ("fma2d_tiny", "4", "800", "20", "30"),
+    )
+    names = ("name", "batch", "median_ms", "base_mib", "peak_mib")
+    rows = [blank | dict(zip(names, values, strict=True)) for values in measured]
+    rows[1]["variant"] = rows[3]["variant"] = "linear"
+    lines = [line.split() for line in table(rows).splitlines()[2:]]
+    assert [line[-7:] for line in lines if line[2] == "fma2d_tiny"] == [
+        ["3.0", "100", "10.00", "20", "60", "0.50", "2.00"],
+        ["3.0", "800", "5.00", "20", "30", "2.00", "0.50"],
+    ]
+    time, memory = cost_figure(rows[:2]).axes
+    assert [line.get_ydata()[0] for line in time.lines] == [0.2, 0.1]
+    assert [line.get_ydata()[0] for line in memory.lines] == [40, 80]
+
+
 def test_macs_of_attention_are_counted_by_its_pairs():
     from benchmarks.model_benchmark import count_macs
     from fma2d import FMA2d
@@ -230,18 +297,17 @@ def test_macs_of_attention_are_counted_by_its_pairs():
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, capsys):
+def test_demo(tmp_path, capfd):
+    from PIL import Image
+
     from tools import demo
 
     assert demo.main(["--sizes", "64", "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "attention.png",
-        "cover.png",
-        "demo.csv",
-        "model_inference.png",
-        "scene.png",
-        "segmentation",
-    }
-    assert (tmp_path / "segmentation" / "scene_overlay.png").is_file()
-    printed = capsys.readouterr().out
-    assert "64x64" in printed and "random" in printed and "16 at stride 16" in printed
+    pictures = {"attention.png", "cover.png", "model_inference.png", "scene.png"}
+    assert {path.name for path in tmp_path.iterdir()} == pictures | {"demo.csv", "segmentation"}
+    rows = read_rows(tmp_path / "demo.csv")
+    assert [(row["name"], row["status"]) for row in rows] == [(name, "ok") for name in demo.MODELS]
+    scene, overlay = (Image.open(tmp_path / name) for name in ("scene.png", "segmentation/scene_overlay.png"))
+    assert scene.size == overlay.size and scene.tobytes() != overlay.tobytes()
+    printed = capfd.readouterr().out
+    assert all(f"{name} " in printed for name in demo.MODELS)

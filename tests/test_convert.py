@@ -7,12 +7,12 @@ import logging
 import pytest
 import timm
 import torch
+from fma2d.ops.options import Call, Options
 from torch import nn
 from torch.nn import functional as F
 
 import fma2d
 from fma2d.ops import reference
-from fma2d.ops.options import Call, Options
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=3)
 VARIANTS = ("loglinear", "linear")

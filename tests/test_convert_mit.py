@@ -229,12 +229,14 @@ def test_what_is_no_readable_mit_is_refused(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("weights")
     (tmp_path / "text.safetensors").write_text("weights")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "plain.pt")
     for name, words in (
         ("text.pth", "not a checkpoint of tensors and plain values"),
-        ("text.safetensors", "not a safetensors file"),
-        ("list.pt", "no state dict"),
+        ("text.safetensors", "not a checkpoint of tensors and plain values"),
+        ("list.pt", "not a checkpoint of tensors and plain values"),
+        ("plain.pt", "plain.pt holds no state dict: epoch is no tensor"),
         ("none.pth", "there is no file"),
-        (".", "folder"),
+        (".", "there is no file"),
     ):
         assert convert_mit.main([str(tmp_path / name)]) == 1
         assert words in capsys.readouterr().err

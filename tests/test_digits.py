@@ -3,16 +3,14 @@
 import json
 import re
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import timm
 import torch
 
 import fma2d
-from benchmarks.records import read_rows
 from fma2d.checkpoint import SETTINGS
-from tools import compare_digits, make_digits, validate
+from tools import make_digits, validate
 from tools.training.checkpoints import read_metadata, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,31 +59,3 @@ def test_file_is_the_published_one_and_in_the_wheel():
     patterns = json.loads(listed[1])
     package = Path(fma2d.__file__).parent
     assert WEIGHTS in {path for pattern in patterns for path in package.glob(pattern)}
-
-
-def test_comparison_runs_what_is_missing_and_tells_means(tmp_path, monkeypatch, capsys):
-    runs = []
-
-    def train(name, seed, data_dir, output):
-        runs.append((name, seed))
-        if (name, seed) == ("dense", 1):
-            return None
-        row = dict.fromkeys(compare_digits.COLUMNS, "1")
-        return row | dict(recipe=name, seed=str(seed), top1=str(98 + seed))
-
-    monkeypatch.setattr(compare_digits, "train", train)
-    words = ["--results", str(tmp_path / "new" / "digits.csv"), "--recipes", "mit_b0", "dense"]
-    assert compare_digits.main([*words, "--seeds", "0"]) == 0
-    assert compare_digits.main([*words, "--seeds", "0", "1"]) == 1
-    assert runs == [("mit_b0", 0), ("dense", 0), ("mit_b0", 1), ("dense", 1)]
-    capsys.readouterr()
-    assert compare_digits.main([*words, "--seeds", "0"]) == 0
-    assert "98 99  98.50" in capsys.readouterr().out
-
-
-def test_page_has_the_recorded_means():
-    rows = read_rows(ROOT / "benchmarks" / "results" / "digits.csv", compare_digits.COLUMNS)
-    page = (ROOT / "docs" / "training.md").read_text()
-    for name in ("fma2d_nano", "mit_b0", "dense"):
-        scores = [float(row["top1"]) for row in rows if row["recipe"] == name]
-        assert len(scores) == 3 and f"| **{mean(scores):.2f} %** |" in page

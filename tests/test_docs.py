@@ -21,14 +21,16 @@ from benchmarks.records import latest, read_rows, total_mib
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
-FOLDERS = ("benchmarks", "checkpoints", "configs")
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / d / "README.md" for d in FOLDERS)])
+FOLDERS = ("benchmarks", "checkpoints", "configs", "research")
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(page for d in FOLDERS for page in (ROOT / d).glob("*.md"))])
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FILE = re.compile(r"(?<![\w./-])((?:\.ci|benchmarks|configs|docs|fma2d|requirements|tests|tools)/[\w./-]+\.\w+)\b")
+FILE = re.compile(
+    r"(?<![\w./-])((?:\.ci|benchmarks|configs|docs|fma2d|requirements|research|tests|tools)/[\w./-]+\.\w+)\b"
+)
 NAME = re.compile(r"(?<![\w./-])fma2d\.(?!md\b)([A-Za-z_][\w.]*\w)")
-COMMAND = re.compile(r"(?<![\w./-])((?:tools|benchmarks)/\w+\.py)((?:\\\n|[^\n#`|])*)")
+COMMAND = re.compile(r"(?<![\w./-])((?:tools|benchmarks)/\w+\.py|-m (?:benchmarks|research)[\w.]*)((?:\\\n|[^\n#`|])*)")
 OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
 
 
@@ -57,7 +59,8 @@ def options_of(program):
     """The options of a program and of its subcommands, from its parser; nothing is parsed."""
     pytest.importorskip("fma2d.ops.triton_backend")  # before a program that reads Triton's settings otherwise
     with patch.dict(os.environ):  # benchmarks/gpu/kernel_report.py sets them for its own process
-        main = import_module(program.removesuffix(".py").replace("/", ".")).main
+        module = program.removesuffix(".py").removeprefix("-m ").replace("/", ".")
+        main = import_module(f"{module}.__main__" if module == "benchmarks" else module).main
     with (
         patch.object(ArgumentParser, "parse_args", autospec=True, side_effect=SystemExit) as parse_args,
         pytest.raises(SystemExit),
@@ -76,7 +79,7 @@ def unknown_options(text):
     return [
         f"{program} {option}"
         for program, arguments in COMMAND.findall(text)
-        if (ROOT / program).exists()
+        if program.startswith("-m ") or (ROOT / program).exists()
         for option in OPTION.findall(arguments)
         if option not in options_of(program)
     ]
@@ -221,6 +224,7 @@ def test_the_checks_find_what_is_wrong(tmp_path):
     assert broken_links(page) == ["gone.md", "#gone"]
     page.write_text("```python\nprint(1 + 1)\n# 2\n```\n```python\nprint(1 + 1)\n# 3\n```\n")
     assert wrong_output(page) == ["print(1 + 1)\n# 3\n2\n"]
-    assert unknown_options("python tools/plot.py x.csv \\\n    --out y --gone  # --comment") == ["tools/plot.py --gone"]
-    commands = "tools/train_text.py --lr 1 --rate 1\ntools/compare_text.py table --seed 1 --lr 1"
-    assert unknown_options(commands) == ["tools/train_text.py --rate", "tools/compare_text.py --lr"]
+    assert unknown_options("python tools/demo.py \\\n    --out y --gone  # --comment") == ["tools/demo.py --gone"]
+    assert unknown_options("python -m benchmarks draw x --gone") == ["-m benchmarks --gone"]
+    commands = "tools/train_text.py --lr 1 --rate 1\ntools/generate.py model.safetensors --seed 1 --lr 1"
+    assert unknown_options(commands) == ["tools/train_text.py --rate", "tools/generate.py --lr"]

@@ -3,11 +3,13 @@
 import csv
 import importlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.dataset import Compose
 from mmengine.registry import MODELS, init_default_scope
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
@@ -20,7 +22,7 @@ from fma2d.tiled import resize_part, segment, source_range
 from tools import make_scenes, predict
 
 
-def small_model(head="SegformerHead", classes=7, **options):
+def small_model(head="SegformerHead", classes=7, out_channels=None, **options):
     """A tiny segmentor whose random weights tell its classes apart, in evaluation mode."""
     register_all_modules(init_default_scope=False)
     init_default_scope("mmseg")
@@ -37,6 +39,7 @@ def small_model(head="SegformerHead", classes=7, **options):
             in_index=[0, 1, 2, 3],
             channels=16,
             num_classes=classes,
+            out_channels=out_channels,
             norm_cfg=dict(type="BN"),
             **extra,
         ),
@@ -68,18 +71,22 @@ def test_a_part_of_a_resized_map_is_that_part_of_the_whole(size, source):
         torch.testing.assert_close(part, expected, atol=1e-6 + 8 * 2**-23 * max(sources), rtol=0)
 
 
-@pytest.mark.parametrize("head", ["SegformerHead", "UPerHead"])
+@pytest.mark.parametrize(
+    "head, classes, channels", [("SegformerHead", 7, None), ("UPerHead", 7, None), ("SegformerHead", 2, 1)]
+)
 @pytest.mark.parametrize("shape, original, tile", [((61, 83), (61, 83), 17), ((64, 96), (131, 190), 50)])
-def test_tiles_give_the_classes_of_the_whole_mode(head, shape, original, tile):
-    """Odd sizes, an image that was resized before the network, tiles that divide nothing."""
-    model = small_model(head)
+def test_tiles_give_the_classes_of_the_whole_mode(head, classes, channels, shape, original, tile):
+    """Odd sizes, an image that was resized before the network, tiles that divide nothing; a head of one channel too."""
+    model = small_model(head, classes, channels)
     image = torch.randn(1, 3, *shape)
     meta = dict(img_shape=shape, ori_shape=original, pad_shape=shape, padding_size=(0, 0, 0, 0))
     with torch.inference_mode():
         (sample,) = model.predict(image, [SegDataSample(metainfo=meta)])
     found = segment(model, image, original, tile)
     expected = sample.pred_sem_seg.data[0].to(found.dtype)
-    assert len(expected.unique()) > 3, "the random model must tell classes apart, else nothing is tested"
+    assert len(expected.unique()) > min(3, classes - 1), (
+        "the random model must tell classes apart, else nothing is tested"
+    )
     assert (found != expected).sum() <= 2e-4 * found.numel()  # ties but for rounding
 
 
@@ -122,6 +129,78 @@ def test_predict_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     assert all(make_scenes.LABELS[row["class"]] == int(row["label"]) for row in rows)
 
 
+@pytest.fixture(scope="session")
+def predictor():
+    """The model that comes along."""
+    return predict.Predictor(predict.read_config(predict.CONFIG), predict.CHECKPOINT)
+
+
+def write_pictures(folder):
+    """One scene in many kinds of file, all of the same 8 bits but for rounding; the labels are not asked for."""
+    picture, _ = make_scenes.scene(0, "validation", 0, make_scenes.load_textures())
+    picture = np.asarray(picture)[:, :100]
+    image, exif = Image.fromarray(picture), Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "plain.png")
+    image.convert("CMYK").save(folder / "cmyk.tif")
+    image.convert("L").save(folder / "grey.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    image.convert("RGBA").save(folder / "alpha.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    return picture
+
+
+def test_pictures_are_read_and_segmented_as_in_testing(tmp_path, predictor):
+    """16 bits were cut at 255; a swap of red and blue, in reading or before the network, went unseen."""
+    picture = write_pictures(tmp_path)
+    grey = np.asarray(Image.open(tmp_path / "grey.png"))[..., None].repeat(3, 2)
+    testing = Compose(predict.read_config(predict.CONFIG).test_dataloader.dataset.pipeline)
+    for path in tmp_path.iterdir():
+        found = predict.read_picture(path)
+        assert np.abs(found.astype(int) - (grey if path.stem in ("grey", "sixteen") else picture)).max() <= 1, path
+        info = dict(img_path=str(path), seg_map_path=str(tmp_path / "grey.png"), reduce_zero_label=True, seg_fields=[])
+        data = {name: [value] for name, value in testing(info).items()}
+        with torch.inference_mode():
+            (sample,) = predictor.model.test_step(data)
+        expected, classes = sample.pred_sem_seg.data[0].numpy(), predictor(predictor.read(path))
+        assert (classes != expected).mean() < 1e-3, path
+    swapped = predictor(picture[..., ::-1])
+    assert (swapped != predictor(picture)).mean() > 0.05, "the model must see colour, else nothing is tested"
+
+
+def test_one_bad_picture_of_many_is_told_at_the_end(tmp_path, predictor, monkeypatch, capsys):
+    """It ended the work, and what had been measured was lost; so did a name that the locale cannot write."""
+    monkeypatch.setattr(predict, "Predictor", lambda *args: predictor)
+    for name in ("a/x.png", "b/x.png", "b/\u4e2d.png", "b/cut.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(tmp_path / name)
+    cut = tmp_path / "b/cut.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    (tmp_path / "b/._x.png").write_bytes(b"of macOS")
+    out = tmp_path / "out"
+    ascii_locale = dict(encoding="ascii", errors="strict")
+    monkeypatch.setattr(predict, "open", lambda *args, **more: open(*args, **ascii_locale | more), raising=False)  # noqa: SIM115
+    assert predict.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert f"error: 1 of 4 images left out: {cut} cannot be read as an image" in captured.err
+    assert captured.out.splitlines()[-1].startswith("3 images in ")
+    with open(out / "areas.csv", newline="", encoding="utf-8") as file:
+        names = {row["image"] for row in csv.DictReader(file)}
+    assert names == {str(tmp_path / name) for name in ("a/x.png", "b/x.png", "b/\u4e2d.png")}
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*_classes.png")}
+    assert found == {"a/x_classes.png", "b/x_classes.png", "b/\u4e2d_classes.png"} and (out / "legend.png").is_file()
+
+
+def test_a_picture_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "Predictor", None)  # before the model is built
+    for name in ("x.png", "x_overlay.png"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
+    assert predict.main([str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "a result would overwrite the image" in capsys.readouterr().err
+    assert predict.main([str(tmp_path), "--out", str(tmp_path / "x.png")]) == 1
+    assert f"cannot write to the folder {tmp_path / 'x.png'}: it is a file" in capsys.readouterr().err
+
+
 def test_peak_memory_is_that_of_the_device(monkeypatch):
     used = {"cuda:0": 0, "cuda:1": 3 << 30}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": used[device])
@@ -146,7 +225,7 @@ def test_predict_does_not_take_every_option(option, message, capsys):
     [
         (["nowhere.jpg"], "there is no image nowhere.jpg"),
         (["{empty}"], "holds no image"),
-        (["{text}"], "cannot be read as an image"),
+        (["{text}"], "text.jpg cannot be read as an image"),
         (["{text}", "--config", "nowhere.py", "--checkpoint", "x.pth"], "there is no config nowhere.py"),
         (["{text}", "--config", str(predict.CONFIG), "--checkpoint", "x.pth"], "there is no file x.pth"),
         (["{text}", "--mode", "slide"], "--cfg-options model.test_cfg.crop_size=128,128 model.test_cfg.stride=96,96"),
@@ -156,7 +235,7 @@ def test_predict_says_what_is_wrong_in_one_line(arguments, message, tmp_path, ca
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("no image")
     if "cannot be read" in message:
-        monkeypatch.setattr(predict, "Predictor", lambda *args: None)
+        monkeypatch.setattr(predict, "Predictor", lambda *args: SimpleNamespace(read=predict.read_picture))
     places = dict(empty=tmp_path / "empty", text=tmp_path / "text.jpg")
     assert predict.main([a.format(**places) for a in arguments] + ["--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip()

@@ -1,4 +1,4 @@
-"""The tools around mmsegmentation: generated scenes, the data checker, training, testing, and what they refuse."""
+"""The tools around mmsegmentation: generated scenes, training, testing, and what they refuse."""
 
 import hashlib
 import json
@@ -9,39 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmseg.datasets import ADE20KDataset
+from mmseg_cases import CONFIG, ROOT, break_label, options
+from mmseg_cases import copy as copy
+from mmseg_cases import scenes as scenes
 from PIL import Image
 from safetensors import safe_open
 
-from tools import check_dataset, compare_scenes, make_scenes, mmseg_runs, test, train
-
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x128.py"
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    make_scenes.write(folder, {"training": 6, "validation": 3}, seed=0)
-    return folder
-
-
-@pytest.fixture
-def copy(scenes, tmp_path):
-    return Path(shutil.copytree(scenes, tmp_path / "scenes"))
-
-
-def options(folder, **more):
-    """--cfg-options for a run of seconds on the data in a folder."""
-    settings = {f"{split}_dataloader.dataset.data_root": folder for split in ("train", "val", "test")}
-    settings |= {f"{split}_dataloader.num_workers": 0 for split in ("train", "val", "test")}
-    settings |= {f"{split}_dataloader.persistent_workers": False for split in ("train", "val", "test")}
-    return ["--cfg-options", *(f"{name}={value}" for name, value in (settings | more).items())]
-
+from tools import make_scenes, mmseg_runs, test, train
 
 SMALL_RUN = {
     "train_dataloader.batch_size": 2,
@@ -96,63 +76,9 @@ def test_scenes_are_written_once_and_whole(tmp_path, monkeypatch, capsys):
     assert out.stat().st_mtime_ns == before and [path.name for path in out.parent.iterdir()] == ["scenes"]
 
 
-def test_figures_are_those_of_the_last_validation():
-    names = [name for name in make_scenes.LABELS if name != "other"]
-    tables = ["per class results:\n| Class | IoU | Acc |\n", "per class results:\n| Class | IoU | Acc |\n"]
-    for offset, text in enumerate(tables):
-        tables[offset] = text + "".join(f"|  {name}  | {i + offset}.5 | 99.0 |\n" for i, name in enumerate(names))
-    assert compare_scenes.last_ious("".join(tables)) == {name: i + 1.5 for i, name in enumerate(names)}
-
-
 @pytest.mark.slow
 def test_colour_and_position_do_not_tell_the_classes():
     assert np.mean(list(make_scenes.pixel_baseline(seed=0).values())) < 0.40
-
-
-def test_checker_counts_and_finds_nothing_wrong(scenes, capsys):
-    assert check_dataset.main([str(CONFIG), "--data-root", str(scenes)]) == 0
-    out = capsys.readouterr().out
-    assert "train: 6 images, 6 annotations, 6 pairs read" in out and "all well" in out
-
-
-def break_label(folder, image, annotation):
-    labels = np.asarray(Image.open(annotation)).copy()
-    labels[3, 5] = 151
-    Image.fromarray(labels).save(annotation)
-
-
-def break_size(folder, image, annotation):
-    Image.open(annotation).resize((64, 64), 0).save(annotation)
-
-
-def break_channels(folder, image, annotation):
-    Image.open(annotation).convert("RGB").save(annotation)
-
-
-BROKEN = {
-    "there is no folder": lambda folder, image, annotation: shutil.rmtree(folder / "annotations/training"),
-    "holds no image whose name ends with .jpg": lambda folder, image, annotation: [
-        path.rename(path.with_suffix(".jpeg")) for path in image.parent.iterdir()
-    ],
-    "1 x image without annotation: ADE_train_00000002": lambda folder, image, annotation: annotation.unlink(),
-    "1 x annotation without image: ADE_train_00000002": lambda folder, image, annotation: image.unlink(),
-    "1 x annotation with a label beyond 150, such as 151": break_label,
-    "1 x annotation of another size than its image": break_size,
-    "1 x annotation that is not one channel of 8 bits": break_channels,
-    "1 x image that cannot be read": lambda folder, image, annotation: image.write_bytes(image.read_bytes()[:400]),
-    "1 x annotation that cannot be read": lambda folder, image, annotation: annotation.write_bytes(b"png"),
-}
-
-
-@pytest.mark.parametrize("message", BROKEN)
-def test_checker_finds(message, copy):
-    image = copy / "images/training/ADE_train_00000002.jpg"
-    BROKEN[message](copy, image, copy / "annotations/training/ADE_train_00000002.png")
-    cfg = dict(type=ADE20KDataset, data_root=str(copy))  # not by name: the scope of mmseg may not be set here
-    cfg["data_prefix"] = dict(img_path="images/training", seg_map_path="annotations/training")
-    report = check_dataset.check_split(cfg, "train", sample=64)
-    assert message in check_dataset.describe(report)
-    assert len(report.problems) == 1
 
 
 def refuse(tool, arguments, capsys):
@@ -176,6 +102,9 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_1.pth"))
     assert "could run code" in refused("--resume")
     shutil.rmtree(tmp_path / "work")
+    (tmp_path / "work").touch()
+    assert f"cannot write to the folder {tmp_path / 'work'}: it is a file" in refused()
+    (tmp_path / "work").unlink()
     assert "there is no folder" in refused("--resume", folder=tmp_path / "nowhere")  # starts from the beginning
     assert "num_classes is 7, the train data has 15 classes" in refused(**{"model.decode_head.num_classes": 7})
     assert "has no model.bacbone" in refused(**{"model.bacbone.arch": "tiny"})
@@ -269,9 +198,10 @@ def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path, caps
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     expected = run(unbroken)
     assert expected["meta"]["fma2d"]["format_version"] == 1 and expected["meta"]["fma2d"]["cell_size"] == 4
-    broken.mkdir()
-    shutil.copy(unbroken / "iter_2.pth", broken)
-    (broken / "last_checkpoint").write_text(str(broken / "iter_2.pth"))
+    # A copy of a run of two iterations, which names the original's folder; that one has gone on since.
+    shutil.copytree(unbroken, broken)
+    (broken / "iter_4.pth").unlink()
+    (broken / "last_checkpoint").write_text(str(unbroken / "iter_2.pth"))
     found = run(broken, "--resume")
     assert all(torch.equal(weight, expected["state_dict"][name]) for name, weight in found["state_dict"].items())
     logs = [run["message_hub"]["log_scalars"]["train/loss"] for run in (found, expected)]
@@ -280,6 +210,56 @@ def test_checkpoints_are_plain_and_resume_to_the_same_end(scenes, tmp_path, caps
     run(broken, "--resume")  # nothing is left to train, and what it reaches may never have been told
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"{broken} is finished; tools/test.py {CONFIG} {broken / 'iter_4.pth'} scores it" in last
+
+
+def test_the_last_checkpoint_is_that_of_the_folder(tmp_path, capsys):
+    """A copied folder went on from the original's files; an empty or a cut `last_checkpoint` was a traceback."""
+    assert mmseg_runs.last_checkpoint(tmp_path) is None
+    for i in (8, 16, 100):
+        torch.save(dict(iter=i), tmp_path / f"iter_{i}.pth")
+    note, whole = tmp_path / "last_checkpoint", tmp_path / "iter_100.pth"
+    for text, number in (
+        ("/elsewhere/run/iter_16.pth", 16),
+        (r"C:\runs\a\iter_8.pth", 8),
+        ("", 100),
+        ("/elsewhere/run/iter_1", 100),
+        ("/elsewhere/run/iter_200.pth", 100),
+    ):
+        note.write_text(text)
+        assert mmseg_runs.last_checkpoint(tmp_path) == tmp_path / f"iter_{number}.pth", text
+    note.unlink()
+    whole.write_bytes(whole.read_bytes()[:-30])  # as a kill or a full disk leaves it
+    assert mmseg_runs.last_checkpoint(tmp_path) == tmp_path / "iter_16.pth"
+    assert f"{whole} is not whole and is passed over" in capsys.readouterr().out
+
+
+def test_a_copied_run_leaves_the_best_checkpoint_of_the_original(scenes, tmp_path):
+    """mmengine removes the best one by its whole path when there is a better."""
+    best = {"default_hooks.checkpoint.save_best": "mIoU", "default_hooks.checkpoint.rule": "less"}
+    settings = options(scenes, **SMALL_RUN | {"train_cfg.val_interval": 1, "train_cfg.max_iters": 1} | best)
+    first, copied = tmp_path / "first", tmp_path / "copied"
+    assert train.main([str(CONFIG), "--work-dir", str(first), *settings]) == 0
+    files = {path.name: path.read_bytes() for path in first.glob("*.pth")}
+    assert any(name.startswith("best") for name in files)
+    shutil.copytree(first, copied)
+    runner = SimpleNamespace(work_dir=str(copied), hooks=[])
+    hub = torch.load(first / "iter_1.pth", weights_only=True)["message_hub"]
+    mmseg_runs.OwnFolder().after_load_checkpoint(runner, dict(message_hub=hub))
+    named = [Path(value) for name, value in hub["runtime_info"].items() if name.startswith("best_ckpt")]
+    assert named and all(path.is_file() and path.parent == copied for path in named)
+
+
+def test_results_are_named_apart():
+    """One of two images of the same name in different folders lost its prediction."""
+    for images, names in (
+        (["d/a.jpg", "d/b.jpg"], ["a", "b"]),
+        (["d/x/a.jpg", "e/b.jpg"], ["a", "b"]),
+        (["d/x/a.jpg", "d/y/a.jpg", "d/b.jpg"], ["x/a", "y/a", "b"]),
+        (["d/a.jpg", "d/a.png"], ["a.jpg", "a.png"]),
+        (["d/a.jpg", "d/a.jpg"], ["a"]),
+    ):
+        found = mmseg_runs.result_names([Path(image) for image in images])
+        assert [str(name) for name in found.values()] == names
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -300,11 +280,34 @@ def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatc
     published = tmp_path / "model.safetensors"
     weights = ROOT / "checkpoints/segformer_fma2d-nano_scenes.safetensors"
     arguments = [str(CONFIG), str(weights), "--work-dir", str(tmp_path), "--publish", str(published)]
+    arguments += ["--out", str(tmp_path / "out")]
     for is_first in (False, True):
         monkeypatch.setattr(test, "is_main_process", lambda is_first=is_first: is_first)
         assert test.main([*arguments, *options(scenes)]) == 0
         told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aAcc ")]
         assert len(told) == published.exists() == is_first
+    # The files hold what was measured, in the labels of the annotations.
+    pairs = [
+        (np.asarray(Image.open(tmp_path / "out" / path.name)), np.asarray(Image.open(path)))
+        for path in sorted((scenes / "annotations/validation").iterdir())
+    ]
+    found, labels = (np.concatenate([pair[i].reshape(-1) for pair in pairs]) for i in (0, 1))
+    assert told[0].startswith(f"aAcc {100 * (found == labels)[labels > 0].mean():.2f} ")
+    assert 50 < float(told[0].split()[1]) < 100
+    with safe_open(published, "pt") as file:
+        assert f'"aAcc": {told[0].split()[1].rstrip("0")}' in file.metadata()["metrics"]
+
+
+def test_testing_writes_each_image_and_of_one_channel_too(tmp_path):
+    """Images of one name in two folders wrote one file; a head of one channel, whose classes are floats, none."""
+    names = {Path("a/im.jpg"): Path("a/im"), Path("b/im.jpg"): Path("b/im")}
+    hook = test.WritePredictions(tmp_path, np.array([4, 9], np.uint8), names)
+    for i, path in enumerate(names):
+        classes = torch.full((1, 3, 5), float(i))
+        sample = SimpleNamespace(img_path=str(path), pred_sem_seg=SimpleNamespace(data=classes))
+        hook.after_test_iter(None, 0, None, [sample])
+    for folder, label in ("a", 4), ("b", 9):
+        assert (np.asarray(Image.open(tmp_path / folder / "im.png")) == np.full((3, 5), label)).all()
 
 
 def test_the_learning_rate_is_scaled_once(scenes, tmp_path):
@@ -317,6 +320,7 @@ def test_the_learning_rate_is_scaled_once(scenes, tmp_path):
     mmseg_runs.fit_to_machine(cfg, "none")
     runner = mmseg_runs.build_runner(cfg, train=True)
     runner.train()
+    assert any(isinstance(hook, mmseg_runs.OwnFolder) for hook in runner.hooks)
     assert {group["initial_lr"] for group in runner.optim_wrapper.optimizer.param_groups} == {2e-3 / 4}
 
 

@@ -5,35 +5,31 @@ from itertools import accumulate
 
 import pytest
 import torch
-from operator_cases import KERNELS, Call, cotangents, forced, random_call
+from operator_cases import Call, cotangents, forced, random_call
 from operator_cases import one_thread as one_thread
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from fma2d import multipole_attention, num_levels, ops, start_kernels
-from fma2d.ops import blocked, library, reference
-from fma2d.ops.options import Call as OpCall
-from fma2d.ops.options import Options
+from fma2d.ops import reference, torch_backend
 
 
 def op_arguments(call, backend="torch"):
     """Positional arguments of the registered op."""
-    kernels, levels = library.flatten_kernels(*(call[name] for name in KERNELS))
-    mask = None if call["key_mask"] is None else call.exists[:, 0]
-    options = [call[name] for name in ("cell_size", "rank", "causal", "count_bias")]
-    return *(call[name] for name in "qkv"), kernels, levels, mask, *options, call["q"].shape[-1] ** -0.5, backend
+    *tensors, options = call.op_call()
+    return *tensors, *options, backend
 
 
 OP_CASES = {
-    "linear, masked": random_call((7, 5), 1, 2, batch=2, linear=1, mask=0.7).to(torch.float32),
+    "linear, masked": random_call((7, 5), 1, 2, batch=2, variant="linear", mask=0.7).to(torch.float32),
     "causal, channels last": random_call((13,), 1, 3, causal=True)
     .map(lambda x: x.movedim(1, -2).contiguous().movedim(-2, 1), lambda w: w)
     .to(torch.float64),
-    "half, no kernels": random_call((9, 7), 2, 1, levels=(0, 0)).to(torch.float16),
+    "half, no kernels": random_call((9, 7), 2, 1, levels=None).to(torch.float16),
 }
 
 
@@ -59,18 +55,19 @@ def test_ops_are_registered_as_they_should(case):
         checks += ("test_aot_dispatch_dynamic",)
     for op, arguments, tests in (
         (forward, inputs, checks),
-        (backward, (*inputs[:6], out, lse, torch.ones_like(out), torch.ones_like(lse), *inputs[6:]), checks[:3]),
+        (backward, (*inputs[:5], out, lse, torch.ones_like(out), torch.ones_like(lse), *inputs[5:]), checks[:3]),
+        (backward, (*inputs[:5], out, lse, torch.ones_like(out), None, *inputs[5:]), checks[:3]),
     ):
         torch.library.opcheck(op, arguments, test_utils=tests)
         assert_fake_has_the_layout(op, arguments)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("linear", (None, 1), ids=("log-linear", "linear"))
-@pytest.mark.parametrize("grid", ((37,), (9, 70)), ids=str)
-def test_transforms_see_through_the_operator(grid, linear):
+@pytest.mark.parametrize("variant", ("linear", "loglinear"))
+@pytest.mark.parametrize("grid, cell_size", (((37,), 2), ((9, 20), 1), ((5, 3), 3)), ids=("1D", "2D", "no level"))
+def test_transforms_see_through_the_operator(grid, cell_size, variant):
     """They need rules that a `torch.library` op lacks: in forward mode its derivative was zero, without a word."""
-    call = random_call(grid, 2, 2, linear=linear, mask=0.7)
+    call = random_call(grid, cell_size, 2, variant=variant, mask=0.7)
     leaves = [x.detach() for x in call.leaves()]
     tangents = [torch.randn_like(x) for x in leaves]
 
@@ -98,7 +95,7 @@ def test_transforms_see_through_the_operator(grid, linear):
 
 def test_one_token_has_no_gradient_through_its_score():
     """Its weight is 1. Rounding left gradients of 1e-7, against an expected 0."""
-    call = random_call((1, 1), 8, 1, head_dim=64, linear=1, levels=(1, 1)).to(torch.float32)
+    call = random_call((1, 1), 8, 1, head_dim=64, variant="linear", levels=1).to(torch.float32)
     d_out = torch.randn_like(call["q"])
     grads = torch.autograd.grad(multipole_attention(**call), call.leaves(), d_out)
     assert torch.equal(grads[2], d_out)
@@ -109,7 +106,7 @@ def test_the_kernels_on_a_gpu_are_not_for_transforms(monkeypatch):
     monkeypatch.setattr(ops, "why_not", lambda backend, q: None)
     x = torch.zeros(1, 1, 5, 4)
     with pytest.raises(RuntimeError, match=r"torch\.func and forward mode need backend 'torch'"):
-        torch.vmap(lambda x: multipole_attention(x, x, x, [], [], cell_size=1, rank=1, backend="triton"))(x[None])
+        torch.vmap(lambda x: multipole_attention(x, x, x, cell_size=1, rank=1, backend="triton"))(x[None])
 
 
 def test_compiles_to_one_graph_for_all_sizes():
@@ -118,7 +115,7 @@ def test_compiles_to_one_graph_for_all_sizes():
     The first call has no two sizes alike: a compiler may take equal ones for one size.
     """
     counter = CompileCounterWithBackend("aot_eager")
-    kernels = random_call((9, 7), 1, 2, levels=(2, 1), linear=1).to(torch.float32)
+    kernels = random_call((9, 7), 1, 2, variant="linear", stacked=True).to(torch.float32)
 
     def run(q, k, v):
         out, lse = Call(kernels | {"q": q, "k": k, "v": v}).run("auto")
@@ -150,27 +147,23 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("way", ("as it is", "slabs"))
-@pytest.mark.parametrize("linear", (None, 1), ids=("log-linear", "linear"))
+@pytest.mark.parametrize("way", ("as it is", "windows"))
+@pytest.mark.parametrize("variant", ("linear", "loglinear"))
 @pytest.mark.parametrize("grid", ((4096,), (64, 64)), ids=str)
-def test_torch_backend_holds_nothing_quadratic(grid, linear, way):
+def test_torch_backend_holds_nothing_quadratic(grid, variant, way):
     """4096 tokens would give 2**24 scores; some cells' scores are held at a time."""
-    call = random_call(grid, 4, 2, heads=1, head_dim=2, linear=linear).to(torch.float32)
-    kernels = [call[name] for name in KERNELS]
-    options = Options(4, 2, False, True, 1.0)
-    tokens = [call[name].detach() for name in "qkv"]
+    call = random_call(grid, 4, 2, heads=1, head_dim=2, variant=variant).map(torch.Tensor.float).op_call()
     with forced(way), torch.no_grad(), Largest() as largest:
-        inputs = OpCall(*tokens, *kernels, None, options)
-        out, lse = blocked.forward(inputs)
-        blocked.backward(inputs, out, lse, out, lse)
+        out, lse = torch_backend.forward(call)
+        torch_backend.backward(call, out, lse, out, lse)
     assert largest.elements < 2**20
 
 
 def test_the_largest_block_is_seen():
     """The twin of the test above: the dense reference is found out."""
-    q = torch.randn(1, 1, 1200, 2)
+    call = random_call((1200,), 4, 2, heads=1, head_dim=2, levels=None).map(torch.Tensor.float).op_call()
     with torch.no_grad(), Largest() as largest:
-        reference.attention(OpCall(q, q, q, [], [], None, None, Options(4, 2, False, True, 1.0)))
+        reference.attention(call)
     assert largest.elements >= 1200**2 > 2**20
 
 
@@ -193,12 +186,13 @@ def test_memory_per_token_is_constant(learn):
     for side in (128, 512):
         q, k, v = torch.randn(side, side, 3, 2, 64).movedim((-3, -2), (0, 1))[:, None]
         levels = num_levels((side, side), 8)
-        kernels = [[start_kernels(level, 8, 4, 2, 2, 64) for level in range(1, levels + 1)] for _ in range(3)]
-        leaves = [x.detach().requires_grad_(learn) for x in tree_leaves([q, k, v, kernels])]
-        kernels = tree_unflatten(leaves[3:], tree_flatten(kernels)[1])
+        kernels = torch.stack(
+            [start_kernels(level, 8, 4, 2, 2, 64, variant="linear") for level in range(1, levels + 1)]
+        )
+        leaves = [x.detach().requires_grad_(learn) for x in (q, k, v, kernels)]
 
-        def step(leaves=leaves, kernels=kernels):
-            out = multipole_attention(*leaves[:3], *kernels[:2], query_kernels=kernels[2], cell_size=8, rank=4)
+        def step(leaves=leaves):
+            out = multipole_attention(*leaves, cell_size=8, rank=4, variant="linear")
             return torch.autograd.grad(out, leaves, torch.ones_like(out)) if learn else out
 
         per_token.append(peak_allocated(step) / side**2)

@@ -1,5 +1,6 @@
 """The comparison of attention layers: its tasks, its rules, its runs and its reports."""
 
+import copy
 import csv
 import dataclasses
 
@@ -11,10 +12,11 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 import fma2d
-from fma2d.baselines import NearFieldAttention
-from tools import approximation, compare_attention
+from fma2d.baselines import DenseAttention
+from research import approximation, compare_attention
+from research.attention_layers import NearFieldAttention
+from research.quality import model, paths, report, runs, tasks
 from tools.ending import InputError
-from tools.quality import dense, model, paths, report, runs, tasks
 
 LOOK_AFAR = tasks.TASKS["look_afar"]
 
@@ -109,32 +111,24 @@ def test_labels_of_scenes_are_those_of_their_pixels_mirrored_too(monkeypatch):
     tasks.scenes.cache_clear()
 
 
-@pytest.mark.parametrize(("grid", "cell_size", "rank"), [((12, 12), 2, 1), ((8, 16), 2, 4), ((6, 4), 1, 1)])
-@pytest.mark.parametrize("variant", ["linear", "loglinear"])
-def test_full_matrix_form_is_the_operator(grid, cell_size, rank, variant):
-    levels = fma2d.num_levels(grid, cell_size)
-    settings = dict(levels=levels, variant=variant, backend="reference")
-    layers = [kind(6, 2, cell_size, rank, **settings).double() for kind in (fma2d.FMA2d, dense.DenseFMA2d)]
-    layers[0].kernels.data += 0.3 * torch.randn_like(layers[0].kernels)
-    layers[1].load_state_dict(layers[0].state_dict())
-    x, d_out = torch.randn(2, 2, *grid, 6, dtype=torch.float64).unbind(0)
-    results = []
-    for layer in layers:
-        out = layer(x)
-        results.append((out, *torch.autograd.grad(out, list(layer.parameters()), d_out)))
-    for truth, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
-
-    q, k, v = layers[0].project(x)
-    exact = dense.attention(q, k, v, [], [], [], cell_size=cell_size, rank=rank, exact=range(1, levels + 1))
-    full = F.scaled_dot_product_attention(*(t.flatten(2, 3) for t in (q, k, v)))
-    torch.testing.assert_close(exact.flatten(2, 3), full)
-
-
-def test_full_matrix_form_refuses_cut_cells():
-    q = torch.zeros(1, 1, 7, 8, 4)
-    with pytest.raises(ValueError, match="whole cells of level 1, 2 tokens"):
-        dense.attention(q, q, q, [], [], [], cell_size=2, rank=1)
+def test_the_error_is_that_of_the_heads_outputs_before_the_projection():
+    """Whatever the last projection does; and exact where the near field holds all tokens."""
+    full = DenseAttention(8, 2)
+    x = torch.randn(2, 6, 6, 8)
+    layer = approximation.stand_in(full, (6, 6), 1, 1, "linear")
+    wrong, whole = approximation.squares(layer, full, x)
+    q, k, v = full.qkv(x).flatten(1, 2).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(whole, F.scaled_dot_product_attention(q, k, v).square().sum())
+    full.proj.weight.data.zero_()
+    torch.testing.assert_close(approximation.squares(layer, full, x), (wrong, whole))
+    assert 0.01 < wrong / whole < 1
+    near = approximation.stand_in(full, (6, 6), 3, 1, "linear")
+    assert approximation.squares(near, full, x)[0] < 1e-8 * whole
+    # One number of both layers: the second has no level and does not count.
+    model = torch.nn.ModuleList([full, copy.deepcopy(full)])
+    assert approximation.error([layer, near], model, [x, x]) == pytest.approx((wrong / whole).sqrt().item())
+    kinds = [type(layer) for layer in approximation.swapped(model, [layer, near])]
+    assert kinds == [fma2d.FMA2d] * 2 and {type(layer) for layer in model} == {DenseAttention}
 
 
 def test_near_field_is_that_of_the_cover():
@@ -144,6 +138,35 @@ def test_near_field_is_that_of_the_cover():
         near, _ = fma2d.cover(grid, cell_size, token)
         row = mask[token[0] * grid[1] + token[1]].view(grid)
         assert sorted(map(tuple, row.nonzero().tolist())) == near
+
+
+def test_scores_are_those_counted_by_hand():
+    """Of four tokens of class 0, two of 1 and one of 2: hits 3, 1 and 1; one more is not to be counted."""
+    labels = torch.tensor([[[0, 0, 0, 0], [1, 1, 2, tasks.IGNORE]]])
+    guesses = torch.tensor([[[0, 0, 0, 1], [1, 0, 2, 2]]])
+    logits = 20.0 * F.one_hot(guesses, 3).movedim(-1, 1)
+    few = dict(classes=3, test=lambda: (torch.zeros(1, 1, 8, 16), labels), long_range=(1, 2))
+    net = torch.nn.Module()
+    net.forward = lambda images: logits
+    scores = [runs.evaluate(net, dataclasses.replace(LOOK_AFAR, measure=m, **few)) for m in ("accuracy", "mIoU")]
+    ious = (3 / 5, 1 / 3, 1.0)
+    assert scores[0]["score"] == pytest.approx(100 * 5 / 7) and scores[0]["long_range"] is None
+    assert scores[1]["score"] == pytest.approx(100 * sum(ious) / 3)
+    assert scores[1]["long_range"] == pytest.approx(100 * (ious[1] + ious[2]) / 2)
+    assert scores[0]["val_loss"] == pytest.approx(20 * 2 / 7, rel=1e-4)
+
+
+def test_runs_differ_by_their_seed_and_learn(small):
+    batches = [next(iter(runs.Batches(small, seed, first, 1)))[0] for seed, first in ((0, 0), (1, 0), (0, 1), (0, 0))]
+    assert torch.equal(batches[0], batches[3])
+    assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+    (one, training), (other, _) = (runs.make_training(runs.make_run(small, "near", seed, 10), 4.0) for seed in (0, 1))
+    before = one.classifier.weight.clone()
+    assert not torch.equal(before, other.classifier.weight)
+    for _ in range(2):  # the first is the warm-up
+        training.train_epoch(runs.Batches(small, 0, training.epoch, 1), lambda *_: False)
+    moved = (one.classifier.weight - before).abs().max()
+    assert 0.1 * small.lr < moved < 2.1 * small.lr  # a step of Adam is about the rate
 
 
 @pytest.mark.parametrize("task", tasks.TASKS.values(), ids=str)
@@ -163,7 +186,7 @@ def test_parameters_that_cannot_agree_are_refused():
 
 
 def test_a_comparison_without_coarse_levels_is_refused(tmp_path, capsys):
-    assert compare_attention.main(words(tmp_path, "--sweep", "--cell-size", "6", "--rank", "1")) == 1
+    assert compare_attention.main(words(tmp_path, "--cell-size", "6")) == 1
     assert "look_afar: no stage has a coarse level (12 x 12 tokens in cells of 6)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert compare_attention.main(words(tmp_path, "--steps", "15")) == 1
@@ -214,7 +237,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_approximation_is_exact_where_summaries_are_tokens_and_tuning_lessens_the_rest(tmp_path, small, capsys):
+def test_more_summary_tokens_and_tuning_lessen_the_error(tmp_path, small, capsys):
     some = ["--variants", "full", "near", "--seeds", "0", "--steps", "10"]
     assert compare_attention.main(words(tmp_path, *some)) == 0
     full, near = (next((tmp_path / "out").glob(f"*{name}*")) / "state.pt" for name in ("full", "near"))
@@ -222,9 +245,8 @@ def test_approximation_is_exact_where_summaries_are_tokens_and_tuning_lessens_th
     assert approximation.main(["--state", str(full), "--rank", "1", "4", *places]) == 0
     rows = rows_of(tmp_path / "a.csv")
     errors = {(r["variant"], r["rank"], r["kernels"], r["level"]): float(r["error"]) for r in rows}
-    assert len(errors) == len(rows) == 2 * 2 * 2 * 3
-    # Four summary tokens for the 2 x 2 tokens of a level-1 cell: the tokens themselves.
-    assert errors["linear", "4", "start", "1"] < 1e-4 < errors["linear", "1", "start", "1"]
+    assert len(errors) == len(rows) == 2 * 2 * 2
+    assert errors["linear", "4", "start", "all"] < errors["linear", "1", "start", "all"]
     for variant in ("linear", "loglinear"):
         assert errors[variant, "1", "tuned", "all"] < errors[variant, "1", "start", "all"]
     capsys.readouterr()
@@ -247,12 +269,6 @@ def test_tables_tell_seeds_and_means():
     ]
     rows.append(rows[2] | dict(rank="4", score="95.0"))
     assert report.comparison(rows, "look_afar") == (header, lines)
-    cost = dict(variant="linear", cell_size="2", rank="4", status="ok", median_ms="7.1", peak_mib="3.0")
-    _, lines = report.sweep_table(report.swept(rows, "look_afar"), [cost])
-    assert [line[1:3] + line[4:] for line in lines] == [
-        ["2", "1", "90.5", "90.5", "-", "-"],
-        ["2", "4", "95.0", "95.0", "7", "3"],
-    ]
     page = report.fill_page("a\n<!-- look_afar -->\nold\n<!-- end -->\nb", {"look_afar": lambda: "new"})
     assert page == "a\n<!-- look_afar -->\nnew\n<!-- end -->\nb"
     with pytest.raises(InputError, match="the page asks for other"):
@@ -261,4 +277,4 @@ def test_tables_tell_seeds_and_means():
 
 def test_page_has_the_recorded_figures():
     page = compare_attention.PAGE.read_text()
-    assert page == compare_attention.Recorded(compare_attention.ROOT / "benchmarks" / "results").fill(page)
+    assert page == compare_attention.Recorded(compare_attention.RESULTS).fill(page)

@@ -38,12 +38,27 @@ def test_greedy_generation_repeats_the_whole_forward(attention):
     model = make(attention, dropout=0.5).double().train()
     prompt, lengths = torch.randint(13, (3, 21)), [21, 10, 1]
     out = model.generate(prompt, 25, lengths=lengths, temperature=0)
-    assert model.training  # as it was, but dropout was off
     model.eval()
     for row, ids, length in zip(prompt, out, lengths, strict=True):
         assert torch.equal(ids, greedy(model, row[:length], 25))
         assert len(set(ids.tolist())) > 1
     assert torch.equal(torch.stack(list(model.stream(prompt, 25, lengths=lengths, top_k=1)), 1), out)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_streams_side_by_side_leave_the_model_as_it_is(training):
+    """The mode was changed while a stream ran: training beside it had no dropout, and a second stream, when the first
+    had ended, drew with dropout."""
+    model, prompts = make(dropout=0.5).train(training), torch.randint(13, (2, 1, 9))
+    alone = [model.generate(prompt, 12, temperature=0) for prompt in prompts]
+    first, second = (model.stream(prompt, count, temperature=0) for prompt, count in zip(prompts, (4, 12), strict=True))
+    outs = [[], []]
+    for step in range(12):
+        outs[1].append(next(second))
+        if step < 4:
+            outs[0].append(next(first))
+        assert model.training == training and model.blocks[0].training == training
+    assert torch.equal(torch.stack(outs[0], 1), alone[0][:, :4]) and torch.equal(torch.stack(outs[1], 1), alone[1])
 
 
 def test_eos_ends_rows_one_by_one():
@@ -103,7 +118,7 @@ def test_wrong_requests_are_named_before_anything_is_computed():
         (dict(prompt="import"), TypeError, "prompt must be an int64 tensor, got str"),
         (dict(prompt=prompt.float()), TypeError, "prompt must be an int64 tensor"),
         (dict(prompt=prompt[0]), ValueError, r"prompt must be \[B, N\]"),
-        (dict(prompt=prompt[:, :0]), ValueError, "at least one row and one token"),
+        (dict(prompt=prompt[:, :0]), ValueError, "at least one token a row"),
         (dict(prompt=prompt + 13), ValueError, "prompt must be 0 to 12, got"),
     ]:
         with pytest.raises(error, match=words):

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from fma2d import cover
 from fma2d.text import CausalLM, MaskedLM, SequenceClassifier, load_model, save_model
-from fma2d.text.attention import ATTENTIONS, FullAttention, LocalAttention
-from fma2d.text.positions import rotate, sinusoids
+from fma2d.text.attention import KINDS, Attention, rotate
 
-CAUSAL = [name for name in ATTENTIONS if name != "fma-linear"]
+CAUSAL = [name for name in KINDS if name != "fma-linear"]
 VOCAB = 11
 
 
@@ -46,7 +45,7 @@ def influence(layer, tokens, dim):
 
 def check_influence(attention, tokens, heads=2):
     """Exactly none of later tokens, some of every earlier one, but for `local` that are near."""
-    model = make(attention=attention, position="rotary", dim=2 * heads, num_heads=heads, cell_size=3, rank=3)
+    model = make(attention=attention, dim=2 * heads, num_heads=heads, cell_size=3, rank=3)
     found = influence(model.blocks[0].attention, tokens, 2 * heads)
     assert (found.triu(1) == 0).all()
     cell = torch.arange(tokens) // 3
@@ -80,7 +79,7 @@ def test_appending_tokens_changes_nothing_at_every_length(cell_size, rank, conte
 def test_later_tokens_change_nothing_before_them(data, tokens, cell_size, context):
     """By perturbation, not by a bit."""
     rank = data.draw(st.sampled_from([p for p in range(1, cell_size + 1) if cell_size % p == 0]))
-    model = make(cell_size=cell_size, rank=rank, context=context, conv_reach=tokens % 3)
+    model = make(cell_size=cell_size, rank=rank, context=context)
     ids, cut = random_ids(1, tokens), data.draw(st.integers(0, tokens))
     changed = torch.cat((ids[:, :cut], random_ids(1, tokens - cut)), 1)
     with torch.no_grad():
@@ -92,12 +91,12 @@ def test_later_tokens_change_nothing_before_them(data, tokens, cell_size, contex
     [
         (cls, attention)
         for cls in (CausalLM, MaskedLM, SequenceClassifier)
-        for attention in ATTENTIONS
+        for attention in KINDS
         if cls is not CausalLM or attention != "fma-linear"  # which is refused
     ],
 )
 def test_padding_changes_nothing_whatever_it_holds(cls, attention):
-    model, lengths = make(cls, attention, depth=2, conv_reach=2), [50, 23, 1, 0]
+    model, lengths = make(cls, attention, depth=2), [50, 23, 1, 0]
     mask = torch.arange(50) < torch.tensor(lengths)[:, None]
     ids = random_ids(4, 50)
     out = model(ids.masked_fill(~mask, -100), mask)
@@ -114,22 +113,11 @@ def test_padding_changes_nothing_whatever_it_holds(cls, attention):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("cls, before, after", [(CausalLM, 2, 0), (MaskedLM, 2, 2)])
-def test_the_convolution_reaches_neighbours_and_nothing_else(cls, before, after):
-    """The place of each weight, by a plain loop."""
-    layer, x = make(cls, conv_reach=2).convolution, torch.randn(1, 7, 8, dtype=torch.float64)
-    expected = x.clone()
-    for token in range(7):
-        for place in range(max(0, token - before), min(7, token + after + 1)):
-            expected[0, token] += layer.conv.weight[:, 0, place - token + before] * x[0, place]
-    assert torch.allclose(layer(x), expected, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 8, 12, 29])
 def test_local_attention_is_the_near_field_of_the_cover(causal, tokens):
-    options = dict(causal=causal, rotary=False, proj_drop=0.0)
-    local, full = LocalAttention(8, 2, 4, **options).double(), FullAttention(8, 2, **options).double()
+    options = dict(causal=causal, cell_size=4, rank=1, context=8)
+    local, full = Attention(8, 2, "local", **options), Attention(8, 2, "full", **options)
     q, k, v = torch.randn(3, 2, 2, tokens, 4, dtype=torch.float64)
     near = torch.zeros(tokens, tokens, dtype=torch.bool)
     for token in range(tokens):
@@ -140,9 +128,7 @@ def test_local_attention_is_the_near_field_of_the_cover(causal, tokens):
         assert torch.allclose(full.attend(q, k, v, None), expected, rtol=0, atol=1e-12)
 
 
-def test_positions():
-    """Sinusoids of any place; a product of rotated vectors depends on the distance alone."""
-    assert sinusoids(torch.tensor([0, 10**6]), 6).shape == (2, 6)
+def test_a_product_of_turned_vectors_depends_on_their_distance():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(-1, -1, -1, 30, -1)
     scores = rotate(q, torch.arange(30)[None]) @ rotate(k, torch.arange(30)[None]).mT
     for distance in (0, 3, 7):
@@ -153,7 +139,7 @@ def test_positions():
 
 def test_the_kinds_of_attention_have_equal_parameters_but_for_kernels():
     counts = {}
-    for attention in ATTENTIONS:
+    for attention in KINDS:
         model = MaskedLM(256, 64, 2, 2, attention=attention)
         counts[attention] = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("kernels"))
         assert ("blocks.0.attention.kernels" in model.state_dict()) == attention.startswith("fma")
@@ -188,9 +174,7 @@ def test_a_few_steps_learn_a_periodic_text(attention):
         (dict(rank=3), ValueError, "rank"),
         (dict(context=0), ValueError, "context"),
         (dict(depth=2.0), TypeError, "depth"),
-        (dict(position="learned"), ValueError, "position"),
-        (dict(conv_reach=-1), ValueError, "conv_reach"),
-        (dict(position="rotary", dim=6), ValueError, "rotary"),
+        (dict(dim=6), ValueError, "must be even, got 6/2"),
         (dict(dropout=1.0), ValueError, "dropout"),
         (dict(window=3), TypeError, "window"),
     ],
@@ -224,15 +208,7 @@ def test_wrong_ids_and_masks_are_named():
 
 @pytest.mark.parametrize("cls", [CausalLM, MaskedLM, SequenceClassifier])
 def test_files_hold_the_whole_model(tmp_path, cls):
-    model = make(
-        cls,
-        "mean" if cls is MaskedLM else "fma",
-        position="rotary",
-        conv_reach=1,
-        count_bias=False,
-        share_heads=False,
-        depth=2,
-    ).float()
+    model = make(cls, "mean" if cls is MaskedLM else "fma", count_bias=False, depth=2).float()
     save_model(tmp_path / "model.safetensors", model, tokens="bytes", steps=3)
     loaded = load_model(tmp_path / "model.safetensors")
     assert type(loaded) is cls and loaded.options == model.options and not loaded.training
@@ -257,7 +233,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         texts = dict(options=json.dumps(model.options | options), note="{}")
         return dict(texts, architecture="CausalLM")
 
-    for options, words in [(dict(window=3), "no such CausalLM"), (dict(depth=2), "does not hold the weights")]:
+    for options, words in [(dict(window=3), "no such CausalLM"), (dict(depth=2), "lacks weights of its CausalLM")]:
         save_file(model.state_dict(), path, metadata(**options))
         with pytest.raises(ValueError, match=words):
             load_model(path)

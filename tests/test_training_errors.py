@@ -3,6 +3,7 @@
 Each gives one line on stderr and exit status 1, and what was written before is as it was.
 """
 
+import io
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from training_cases import images as images
 from training_cases import recipe_file as recipe_file
 
 from tools import train_classifier, validate
-from tools.ending import InputError
+from tools.ending import InputError, ending
 from tools.training.checkpoints import load_state, load_weights, save_state
 from tools.training.recipe import make_recipe, read_values
 
@@ -29,6 +30,12 @@ from tools.training.recipe import make_recipe, read_values
         ("epochs: 1.5", "epochs must be int, got 1.5"),
         ("epochs: true", "epochs must be int, got True"),
         ("epochs: 0", "epochs must be at least 1, got 0"),
+        ("lr: .nan", "lr must be finite, got nan"),
+        ("lr: -1", "lr must be at least 0, got -1.0"),
+        ("drop_path_rate: 2", "drop_path_rate must be from 0 to 1, got 2.0"),
+        ("mixup_prob: -0.1", "mixup_prob must be from 0 to 1, got -0.1"),
+        ("ema_decay: 99", "ema_decay must be from 0 to 1, got 99.0"),
+        ("crop_pct: 0", "crop_pct must be above 0, got 0"),
         ("amp: fp8", "amp must be one of null, bf16, fp16, got 'fp8'"),
         ("scale: [1, 0.1]", "scale must be two positive numbers"),
         ("mean: [0.5]", "mean needs 3 value(s), one a channel"),
@@ -214,3 +221,60 @@ def test_validate_bad_inputs(images, finished, tmp_path, capsys):
         ([good, "--publish", good], "exists already"),
     ):
         assert message in error_line(capsys, validate.main, [*words, *data])
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--batch-size", "0", "at least 1"),
+        ("--workers", "-1", "--workers must be at least 0"),
+        ("--img-size", "-8", "at least 1"),
+        ("--crop-pct", "1.5", "from 0 to 1"),
+        ("--device", "gpu", "'gpu' cannot be used"),
+        ("--device", "meta", "'meta' cannot be used"),
+        ("--publish", "weights.pt", "must end in .safetensors"),
+    ],
+)
+def test_validation_refuses_values_at_once(option, value, message, capsys):
+    """A file of another ending was refused when all images had been seen."""
+    with pytest.raises(SystemExit):
+        validate.parse(["x", "--data-dir", "y", option, value])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_cannot_be_written_is_one_line(images, recipe_file, tmp_path, capsys, monkeypatch):
+    """A file in the way, a pipe that is closed, a disk that is full: tracebacks, some when all work was done."""
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        line = error_line(capsys, train_classifier.main, command(recipe_file, images, tmp_path / place))
+        assert f"cannot write to the folder {tmp_path / place}: " in line
+
+    for error, message in (
+        (BrokenPipeError(32, "Broken pipe"), "what reads the output was closed before the end"),
+        (OSError(28, "No space left on device"), "cannot write: No space left on device"),
+        (OSError(28, "No space left on device", "x.pth"), "x.pth: No space left on device"),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        assert error_line(capsys, ending()(fail), []) == f"error: {message}\n"
+        monkeypatch.setattr(train_classifier, "run", fail)
+        assert (
+            error_line(capsys, train_classifier.main, command(recipe_file, images, tmp_path)) == f"error: {message}\n"
+        )
+
+    @ending()
+    def lost(argv):
+        raise FileNotFoundError(2, "No such file", "ours")
+
+    with pytest.raises(FileNotFoundError):  # a bug of ours keeps its traceback
+        lost([])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_without_the_characters_gets_them_escaped(encoding, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", console)
+    assert ending()(lambda argv: print("\u4e2d \ufffd \udcff"))([]) == 0
+    assert console.buffer.getvalue() == b"\\u4e2d \\ufffd \\udcff\n"

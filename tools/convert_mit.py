@@ -24,17 +24,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 import fma2d
 from fma2d.checkpoint import FORMAT_VERSION, write_whole
-from tools.ending import ending
+from tools.ending import InputError, ending
+from tools.training.checkpoints import read_tensors
 
 LICENCE = (
     "NVIDIA Source Code License for SegFormer, non-commercial use (research or evaluation) only; "
@@ -312,27 +310,13 @@ def read(path: Path) -> dict[str, Tensor]:
     """The state dict in a file of safetensors or of `torch.save`.
 
     Raises:
-        ValueError, OSError: if there is none.
+        InputError: if there is none.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file with the weights in it")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever unpickling a foreign file raises
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain values; what else a file holds could run code, so it is "
-            "not loaded. Where it comes from a program that you trust, have that save the state dict alone"
-        ) from None
-    for name in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict, neither by itself nor under 'state_dict' or 'model'")
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; give one of NVlabs, mmsegmentation or Hugging Face")
+    state = read_tensors(path)
+    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise InputError(f"{path} holds no state dict: {others[0]} is no tensor")
     return state
 
 
@@ -343,8 +327,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="the published checkpoint: .pth, .bin or .safetensors")
     parser.add_argument("output", type=Path, nargs="?", help="(beside the source, as SOURCE.MODEL.safetensors)")
     args = parser.parse_args(argv)
-    if not args.source.exists():
-        raise ValueError(f"there is no file {args.source}; give one of NVlabs, mmsegmentation or Hugging Face")
     conversion = convert(read(args.source))
     output = args.output or args.source.with_suffix(f".{conversion.model}.safetensors")
     if output.exists():

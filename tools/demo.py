@@ -7,11 +7,11 @@ like what it was trained on.
 """
 
 import argparse
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import timm
@@ -19,15 +19,15 @@ import torch
 from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.functional import normalize, to_tensor
 from tqdm import tqdm
 
-from benchmarks import model_benchmark
-from benchmarks.figures import write_figures
-from benchmarks.harness import GateError, Limits, idle_cpus, run, text_table
-from benchmarks.records import ROOT, Results, total_mib
 from fma2d.visualize import draw_attention, draw_cover, model_attention_map
 from tools import make_scenes, predict
-from tools.ending import ending
+from tools.ending import InputError, ending
+
+ROOT = Path(__file__).resolve().parents[1]
 
 MODELS = ("fma2d_base", "swin_base_patch4_window7_224", "vit_base_patch16_224")
 PICTURE = 512  # pixels a side of the photo in the pictures
@@ -35,9 +35,9 @@ POINTS = {"nose": (180, 280), "ribbons": (440, 450), "stars": (40, 40)}  # row a
 STAGES = ((0, 1), (1, 1), (2, 8))  # stage and block
 
 
-@ending(GateError)
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo; 1 if a result is wrong."""
+@ending()
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--sizes", nargs="+", type=int, default=[224, 512, 768, 1024], help="pixels a side, multiples of 32"
@@ -51,39 +51,20 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     print(__doc__)
-    threads = min(idle_cpus(), torch.get_num_threads())
-    torch.set_num_threads(threads)
-
     paths = [cover_picture(photo, args.out), attention_picture(photo, args.out)]
-    tasks = model_benchmark.tasks(MODELS, args.sizes, photo=str(photo), threads=threads)
-    (args.out / "demo.csv").unlink(missing_ok=True)
-    results = Results(args.out / "demo.csv")
-    limits = Limits(seconds=args.time_budget, repeat_seconds=1, total_seconds=args.time_budget)
-    rows = run(tasks, results, limits, fresh=True)
-    paths += write_figures(rows, args.out)
+    measure(photo, args.sizes, args.out / "demo.csv", args.time_budget)
     paths += segmentation_pictures(photo, args.out)
-    print(f"\nOne image, {rows[0]['dtype']}, {rows[0]['machine']}, threads used: {threads};")
-    print("peak memory of the process, with the weights, without Python and torch themselves:\n")
-    print(table(rows))
-    print(f"\n{time.monotonic() - started:.0f} seconds. Pictures and numbers (weights untrained):")
-    print("\n".join(f"  {path}" for path in (*paths, results.path)))
-    return 0
+    print(f"\n{time.monotonic() - started:.0f} seconds. Pictures (weights untrained):")
+    print("\n".join(f"  {path}" for path in paths))
 
 
-def table(rows: list[dict]) -> str:
-    """Time and memory of each size and model, and what was left out."""
-    lines, notes = [], []
-    for row in rows:
-        line = [f"{row['height']}x{row['width']}", row["name"], "-", "-", "-"]
-        if row["status"] == "ok":
-            stride = round((int(row["height"]) * int(row["width"]) / int(row["tokens"])) ** 0.5)
-            line[2:] = [f"{row['tokens']} at stride {stride}", f"{float(row['median_ms']) / 1000:.2f} s"]
-            line += [f"{total_mib(row):.0f} MiB" if row["peak_mib"] else "-"]
-        else:
-            notes.append(f"{row['name']} at {row['height']} px: {row['status']}")
-        lines.append(line)
-    header = ["pixels", "model", "tokens of the first stage", "time", "peak memory"]
-    return "\n".join([text_table(header, lines), *notes])
+def measure(photo: str, sizes: Sequence[int], file: Path, seconds: float) -> None:
+    """Time and memory of the models on the photo, printed, recorded in a file and drawn beside it."""
+    models = ["model", "--models", *MODELS, "--sizes", *map(str, sizes), "--photo", str(photo)]
+    limits = ["--total-budget", str(seconds), "--time-budget", str(seconds), "--repeat", "1", "--fresh"]
+    for words in ([*models, *limits, "--out", str(file)], ["draw", str(file)]):
+        if subprocess.run([sys.executable, "-m", "benchmarks", *words], cwd=ROOT).returncode:
+            raise InputError("the measurement failed; the reason stands above")
 
 
 def cover_picture(photo: str, folder: Path) -> Path:
@@ -100,8 +81,8 @@ def cover_picture(photo: str, folder: Path) -> Path:
 def attention_picture(photo: str, folder: Path) -> Path:
     """Attention maps at a few points (rows) and stages (columns)."""
     model = timm.create_model("fma2d_base", img_size=PICTURE).eval()
-    image = model_benchmark.load_photo(photo, PICTURE)
     pixels = square(photo, PICTURE)
+    image = normalize(to_tensor(pixels), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[None]
     figure = Figure(figsize=(4.3 * len(STAGES), 4 * len(POINTS) + 0.6), layout="constrained")
     axes = figure.subplots(len(POINTS), len(STAGES), squeeze=False)
     places = [(i, j) for i in range(len(POINTS)) for j in range(len(STAGES))]

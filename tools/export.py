@@ -1,13 +1,17 @@
-"""Write a model as a torch.export program and as ONNX, with height and width left open, and check both.
+"""Write a model as a torch.export program and as ONNX, and check both.
 
-The model is made with timm's `exportable=True`: standard operations only, and the levels of `--max-size` unrolled.
-Smaller images have fewer levels; the others then contribute nothing. Both files are run at three sizes with different
-numbers of levels, one of them odd, against the model as it runs in PyTorch. ONNX needs the extra `export`.
+With `--size` the files are for images of that size alone: standard operations only, and what depends on the size is a
+constant. With `--max-size` height and width stay open. The ONNX file then has the levels of that size, of which those
+that a smaller grid lacks contribute nothing, and the operator is one node of the torch.export program, which needs
+`import fma2d` to run. The files run beside the model in PyTorch, with open sizes at three of them, which differ in
+their levels. ONNX needs the extra `export`.
 """
 
 import argparse
+import io
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from tools.training.checkpoints import load_weights, read_metadata
 from tools.training.model import no_model
 
 MIN_SIZE = 64
+FOLDED = 1 << 26  # elements
 TOLERANCE = 1e-4  # of the largest output, in float32
 
 
@@ -34,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("model", help="a registered name, such as fma2d_tiny")
-    add("--max-size", type=int, default=512, help="the largest height and width, pixels; fixes the levels")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--size", type=image_size, metavar="HxW", help="fix height and width, pixels: 512 or 480x640")
+    sizes.add_argument("--max-size", type=positive, default=512, help="leave them open, up to this many pixels a side")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, help="weights (safetensors or PyTorch)")
     weights.add_argument("--pretrained", action="store_true", help="weights that the name stands for; else random ones")
@@ -44,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=positive, default=1, help="images at a time; fixed, unlike their height and width")
     add("--out", type=Path, default=Path("out/export"), help="folder of the files")
     args = parser.parse_args(argv)
-    if args.max_size <= MIN_SIZE:
+    if args.size is None and args.max_size <= MIN_SIZE:
         parser.error(f"--max-size must be above {MIN_SIZE}, got {args.max_size}")
     if not timm.is_model(args.model):
         parser.error(no_model(args.model))
@@ -54,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     metadata = read_metadata(args.checkpoint) if args.checkpoint and args.checkpoint.is_file() else {}
     if (attention := metadata.get("attention", "fma")) != "fma":
         parser.error(f"{args.checkpoint} was trained with {attention} attention, which this does not export")
-    options = made_with(metadata) | args.model_kwargs | dict(img_size=args.max_size, pretrained=args.pretrained)
+    options = made_with(metadata) | args.model_kwargs
+    options |= dict(img_size=args.size or args.max_size, pretrained=args.pretrained)
     if args.num_classes is not None:
         options["num_classes"] = args.num_classes
     try:
@@ -66,24 +74,41 @@ def main(argv: list[str] | None = None) -> int:
         load_weights(eager, args.checkpoint, args.model)
     model.load_state_dict(eager.state_dict())
     args.out.mkdir(parents=True, exist_ok=True)
-    files = {kind: args.out / f"{args.model}_{args.max_size}.{kind}" for kind in args.formats}
+    name = f"{args.model}_{'x'.join(map(str, args.size)) if args.size else args.max_size}"
+    files = {kind: args.out / f"{name}.{kind}" for kind in args.formats}
 
-    program = timed("torch.export", export, model, args.max_size, args.batch)
+    sizes = [args.size] if args.size else check_sizes(args.max_size)
+    if args.size:
+        program = timed("torch.export", export_fixed, model, args.size, args.batch)
+    elif "pt2" in files:
+        program = timed("torch.export", export_open, eager, args.max_size, args.batch)
     runners = {}
     if "pt2" in files:
         torch.export.save(program, files["pt2"])
         runners["torch.export"] = torch.export.load(files["pt2"]).module()
     if "onnx" in files:
-        timed("ONNX", write_onnx, program, files["onnx"])
+        if args.size:
+            nodes = timed("ONNX", write_onnx, program, files["onnx"])
+        else:
+            nodes = timed("ONNX", write_open_onnx, model, args.max_size, files["onnx"], args.batch)
+        print(f"{nodes} nodes, {files['onnx'].stat().st_size / 2**20:.0f} MiB")
         runners["onnxruntime"] = onnx_runner(files["onnx"])
     print("\nlargest difference from the model in PyTorch, over the largest output\n")
     worst = 0.0
-    for name, height, width, levels, difference in compare(eager, runners, args.batch, check_sizes(args.max_size)):
+    for name, height, width, levels, difference in compare(eager, runners, args.batch, sizes):
         print(f"{name:14}{height:5} x {width:<5}levels {levels}   {difference:.1e}", flush=True)
         worst = max(worst, difference)
     written = ", ".join(map(str, files.values()))
     print(f"\n{written}: {'fine' if worst <= TOLERANCE else 'WRONG'} (at most {TOLERANCE:.0e} is rounding)")
     return int(worst > TOLERANCE)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Height and width of `512` or `480x640`, for argparse."""
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be pixels, such as 512 or 480x640, got {text!r}")
+    return int(parts[0]), int(parts[-1])
 
 
 def made_with(metadata: dict) -> dict:
@@ -96,8 +121,14 @@ def made_with(metadata: dict) -> dict:
     return made
 
 
-def export(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_SIZE) -> ExportedProgram:
-    """Export an exportable model for `batch` images `[B, C, H, W]` of `min_size` to `max_size` pixels a side."""
+def export_fixed(model: nn.Module, size: tuple[int, int], batch: int = 1) -> ExportedProgram:
+    """Export an exportable model for `batch` images `[B, C, *size]`."""
+    with torch.no_grad():
+        return torch.export.export(model, (torch.zeros(batch, model.in_chans, *size),))
+
+
+def export_open(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_SIZE) -> ExportedProgram:
+    """Export any model for `batch` images `[B, C, H, W]` of `min_size` to `max_size` pixels a side."""
     from torch.fx.experimental import _config
 
     image = torch.zeros(batch, model.in_chans, max_size - 1, max_size)
@@ -108,10 +139,45 @@ def export(model: nn.Module, max_size: int, batch: int = 1, min_size: int = MIN_
         return torch.export.export(model, (image,), dynamic_shapes=shapes)
 
 
-def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """Convert and save, one file."""
-    onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"], output_names=["output"])
+def write_onnx(program: ExportedProgram, path: Path) -> int:
+    """Convert and save, one file; the number of its nodes."""
+    onnx = torch.onnx.export(
+        program, dynamo=True, verbose=False, optimize=False, input_names=["image"], output_names=["output"]
+    )
+    from onnxscript import optimizer
+
+    # Unlike in torch, what is made of aggregation kernels alone becomes a constant, too, however large.
+    optimizer.optimize(onnx.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
     onnx.save(path)
+    return len(onnx.model.graph)
+
+
+def write_open_onnx(model: nn.Module, max_size: int, path: Path, batch: int = 1) -> int:
+    """Convert an exportable model, height and width left open, and save, one file; the number of its nodes.
+
+    By the tracer of TorchScript: torch.export would work out sizes in symbols, which takes many minutes.
+    """
+    import onnx
+    import onnx_ir
+    from onnx_ir.passes import common
+
+    image, target = torch.zeros(batch, model.in_chans, max_size, max_size), io.BytesIO()
+    names = dict(input_names=["image"], output_names=["output"])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # channels are taken for constants, which they are; and the tracer is old
+        torch.onnx.export(
+            model, (image,), target, dynamo=False, opset_version=18, dynamic_axes={"image": {2: "H", 3: "W"}}, **names
+        )
+    found = onnx_ir.from_proto(onnx.load_from_string(target.getvalue()))
+    for clean in (
+        common.CommonSubexpressionEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.RemoveUnusedNodesPass(),
+    ):
+        clean(found)
+    onnx_ir.save(found, path)
+    return len(found.graph)
 
 
 def onnx_runner(path: Path):

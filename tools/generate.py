@@ -40,33 +40,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @ending()
 def main(argv: list[str] | None = None) -> None:
-    """Generate."""
-    run(parse(argv))
-
-
-def run(args: argparse.Namespace) -> None:
     """Load, check, and write; the speed goes to standard error."""
-    model = read_model(args.checkpoint, args.device)
-    text = read_prompt(args.prompt)
+    args = parse(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # also of the replacement character, which many consoles lack
+    model, text = read_model(args.checkpoint, args.device), read_prompt(args.prompt)
     if args.stop is not None and not (len(args.stop) == 1 and args.stop.isascii()):
         raise InputError(f"--stop takes one ASCII character, got {args.stop!r}")
     prompt = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)[None].long().to(args.device)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    options |= dict(eos=args.stop and ord(args.stop), generator=torch.Generator(args.device).manual_seed(args.seed))
     try:
-        ids = model.stream(prompt, args.tokens, eos=args.stop and ord(args.stop), **options)
+        ids = model.stream(prompt, args.tokens, **options)
     except ValueError as error:
         raise InputError(error) from error
     if not args.no_echo:
         print(text, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    start, count = time.perf_counter(), 0
+    start, first, count = time.perf_counter(), None, 0
     for token in ids:
         count += 1
         print(decoder.decode(bytes(token.tolist())), end="", flush=True)
+        first = first or time.perf_counter()
     print(decoder.decode(b"", final=True))
-    seconds = time.perf_counter() - start
-    print(f"{count} bytes in {seconds:.1f} s, the prompt of {prompt.shape[1]} included", file=sys.stderr)
+    end = time.perf_counter()
+    rate = f", then {(count - 1) / (end - first):.0f} a second" if count > 1 else ""
+    print(f"{count} bytes, the first after {(first or end) - start:.2f} s{rate}", file=sys.stderr)
 
 
 def read_model(path: Path, device: str) -> CausalLM:

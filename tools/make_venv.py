@@ -1,19 +1,21 @@
 """Make the development environment: `python tools/make_venv.py REQUIREMENTS...` leaves it at `.venv`.
 
-It is kept in a cache outside the clone, keyed by the pins and by the Python that runs this, and `.venv` links to it, so
-that several clones share one; with `--cache ""` it is made in the clone. It never holds fma2d itself: the Makefile puts
-the clone on the path. An environment whose making was interrupted is made again. Standard library only.
+What is pinned is kept in a cache outside the clone, keyed by the pins and by the Python that runs this, so that several
+clones share it; with `--cache ""` it is made in the clone. `.venv` is the clone's own: it takes the packages from there
+and has the clone on its path, as `pip install -e .` would. An environment whose making was interrupted is made again.
+Standard library only.
 """
 
 import argparse
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
-LINK = Path(".venv")
+VENV = Path(".venv").absolute()
 STAMP = "made-by-make-venv"  # inside the environment: empty while it is being made, its key when it is whole
 
 
@@ -46,6 +48,26 @@ def make(folder, key, requirements):
     (folder / STAMP).write_text(key)
 
 
+def packages_of(folder):
+    """Where an environment keeps its packages."""
+    return Path(sysconfig.get_path("purelib", "venv", {"base": folder, "platbase": folder}))
+
+
+def attach(folder):
+    """Make `.venv` this clone's own environment, with the clone and the packages of `folder` on its path."""
+    file, lines = packages_of(VENV) / "clone.pth", [str(VENV.parent)]
+    if folder != VENV:
+        lines.append(f"import site; site.addsitedir({str(packages_of(folder))!r})")
+    text = "\n".join([*lines, ""])
+    if file.exists() and file.read_text() == text and subprocess.call([str(VENV / "bin" / "python"), "-c", ""]) == 0:
+        return
+    if folder != VENV:
+        shutil.rmtree(VENV, ignore_errors=True)
+        venv.create(VENV, symlinks=True)
+        (VENV / STAMP).write_text("")
+    file.write_text(text)
+
+
 def main():
     """Make or find the environment and link it; returns None, or what went wrong in one line."""
     if sys.version_info < (3, 11):
@@ -61,21 +83,18 @@ def main():
     args = parser.parse_args()
 
     key = key_of(args.requirements)
-    folder = (Path(args.cache) / f"venv-{key}" if args.cache else LINK).absolute()
-    if LINK.is_dir() and not LINK.is_symlink() and not (LINK / STAMP).exists():
-        return f"{LINK} is a folder that make did not make: move it away."
+    folder = (Path(args.cache) / f"venv-{key}").absolute() if args.cache else VENV
+    if VENV.is_dir() and not VENV.is_symlink() and not (VENV / STAMP).exists():
+        return f"{VENV} is a folder that make did not make: move it away."
     try:
-        if LINK.is_symlink() and os.readlink(LINK) != str(folder):
-            LINK.unlink()
-        elif args.cache and not LINK.is_symlink():
-            shutil.rmtree(LINK, ignore_errors=True)  # made here, before a cache was asked for
+        if VENV.is_symlink():  # to the cache, as earlier versions had it
+            VENV.unlink()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "w") as lock:  # two clones may come at once
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_whole(folder, key):
                 make(folder, key, args.requirements)
-        if args.cache and not LINK.is_symlink():
-            LINK.symlink_to(folder)
+        attach(folder)
     except OSError as error:
         return f"Could not write the environment ({error}): choose another folder with VENV_CACHE=..."
     except subprocess.CalledProcessError as error:

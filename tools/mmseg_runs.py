@@ -4,27 +4,29 @@ Whatever is wrong with what the user gave is an `InputError` of one line, raised
 """
 
 import os
+import re
+import zipfile
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.hooks import CheckpointHook
-from mmengine.registry import init_default_scope
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import BaseLoop, Runner
 from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.utils import register_all_modules
 
 import fma2d.mmseg
-from tools.check_dataset import IGNORED, check_split
+from tools.check_dataset import IGNORED, Report, check_data_sets, data_sets, first_line, occurring
 from tools.config_names import check_config, check_option
 from tools.ending import InputError
 
-SAMPLE = 64  # pairs of image and annotation read before a run
+SAMPLE = 64  # pairs of image and annotation read before a training
 
 
 class Options(DictAction):
@@ -109,25 +111,39 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     And unless the model's heads have as many classes as the data.
     """
     for split in splits:
-        dataset_cfg = cfg[f"{split}_dataloader"].dataset
-        if "dataset" in dataset_cfg or "datasets" in dataset_cfg or dataset_cfg.get("ann_file"):
-            print(f"{split} data: not checked, as it is made of others or has a list of files")
+        if not cfg.get(f"{split}_dataloader"):
             continue
         with building(f"{split}_dataloader.dataset"):
-            report = check_split(dataset_cfg, split, SAMPLE)
-        if report.problems:
-            raise InputError(
-                f"the {split} data is not as it should be: {'; '.join(report.problems)} "
-                "(python tools/check_dataset.py CONFIG reads all of it)"
-            )
-        for name in ("decode_head", "auxiliary_head"):
-            heads = cfg.model.get(name) or []
-            for head in heads if isinstance(heads, list | tuple) else [heads]:
-                if report.classes and head.get("num_classes", report.classes) != report.classes:
-                    raise InputError(
-                        f"model.{name}.num_classes is {head.num_classes}, the {split} data has {report.classes} classes"
-                    )
-        print(f"{split} data: {report.images} images, {report.read} of them read, all well")
+            # A test is no longer than the reading of its data by much, and what it has measured is lost with it.
+            reports = check_data_sets(cfg, split, None if split == "test" else SAMPLE, progress=split == "test")
+        for report in reports:
+            if report.problems:
+                raise InputError(
+                    f"the {report.name} data is not as it should be: {'; '.join(report.problems)} "
+                    "(python tools/check_dataset.py CONFIG reads all of it)"
+                )
+            check_classes(cfg, report)
+            facts = [f"{report.images} images, {report.read} of them read", *report.notes]
+            facts += [occurring(report, 5)] if report.pixels.any() else []
+            print(f"{report.name} data: {'; '.join(facts)}")
+
+
+def check_classes(cfg: Config, report: Report) -> None:
+    """Raise `InputError` unless the model's heads have as many classes as the data."""
+    classes = len(report.classes)
+    for name in ("decode_head", "auxiliary_head"):
+        heads = cfg.model.get(name) or []
+        for head in heads if isinstance(heads, list | tuple) else [heads]:
+            if classes and head.get("num_classes", classes) != classes:
+                raise InputError(
+                    f"model.{name}.num_classes is {head.num_classes}, the {report.name} data has {classes} classes"
+                )
+
+
+def files_of(cfg: Config) -> list[BaseSegDataset]:
+    """The data sets of files that the test data is made of, not listed yet."""
+    parts = data_sets(cfg.test_dataloader.dataset, "test_dataloader.dataset")
+    return [DATASETS.build(dict(part, lazy_init=True)) for _, part in parts]
 
 
 def annotation_labels(dataset: BaseSegDataset) -> np.ndarray:
@@ -135,6 +151,23 @@ def annotation_labels(dataset: BaseSegDataset) -> np.ndarray:
     label_map = dataset.label_map or {i: i for i in range(len(dataset.metainfo["classes"]))}
     stored = {new: old for old, new in label_map.items() if new != IGNORED}
     return np.array([stored[i] for i in range(len(stored))], np.uint8) + np.uint8(dataset.reduce_zero_label)
+
+
+def result_names(images: Sequence[Path]) -> dict[Path, Path]:
+    """Where the results of each image go in a folder of results, without suffix.
+
+    By the image's name; with its folders, below the one that all have in common, where names are equal; and with its
+    suffix where only that tells two apart.
+    """
+    images = list(dict.fromkeys(images))
+    whole = [Path(os.path.abspath(image)) for image in images]
+    top = os.path.commonpath([path.parent for path in whole]) if whole else ""
+    below = [path.relative_to(top) for path in whole]
+    names = [Path(path.stem) for path in below]
+    for other in ([path.with_suffix("") for path in below], below):
+        if len(set(names)) < len(set(whole)):
+            names = other
+    return dict(zip(images, names, strict=True))
 
 
 def build_runner(cfg: Config, train: bool) -> Runner:
@@ -148,7 +181,7 @@ def build_runner(cfg: Config, train: bool) -> Runner:
     with building("train_dataloader or train_cfg"):
         _ = runner.train_loop
     with building("val_dataloader, val_cfg or val_evaluator"):
-        names = metric_names(runner.val_loop)
+        names = metric_names(runner.val_loop) if runner.val_loop else []
     for hook in runner.hooks:
         best = (hook.save_best or []) if isinstance(hook, CheckpointHook) and names else []
         if unknown := set(best) - {"auto", *names}:
@@ -161,7 +194,47 @@ def build_runner(cfg: Config, train: bool) -> Runner:
         if runner.param_schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     runner.register_hook(fma2d.mmseg.PlainCheckpoints())
+    runner.register_hook(OwnFolder())
     return runner
+
+
+class OwnFolder(Hook):
+    """Has a run that goes on in a moved or copied folder take its best checkpoint for the one there.
+
+    A checkpoint holds whole paths, and mmengine removes the best one when there is a better: the original's, that is.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        facts = (checkpoint.get("message_hub") or {}).get("runtime_info", {})
+        folders = {hook.out_dir for hook in runner.hooks if isinstance(hook, CheckpointHook)} - {None, runner.work_dir}
+        for name in facts:
+            if name.startswith("best_ckpt") and isinstance(facts[name], str) and not folders:
+                facts[name] = str(Path(runner.work_dir) / file_name(facts[name]))
+
+
+def file_name(path: str) -> str:
+    """The last part of a path, of whatever system it was written on."""
+    return re.split(r"[/\\]", path.strip())[-1]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a run in a folder goes on from: what `last_checkpoint` names, else the newest whole one.
+
+    The file holds a whole path, which after a move or in a copy is another folder's, and only the name counts. A kill
+    or a full disk may have left it empty or cut, as well as a checkpoint.
+    """
+    note, names = folder / "last_checkpoint", []
+    if note.is_file():
+        names.append(file_name(note.read_text(errors="replace")))
+    written = [match for path in folder.glob("*.pth") if (match := re.fullmatch(r"(iter|epoch)_(\d+)\.pth", path.name))]
+    names += [match[0] for match in sorted(written, key=lambda match: -int(match[2]))]
+    for name in dict.fromkeys(filter(None, names)):
+        path = folder / name
+        if path.is_file() and zipfile.is_zipfile(path):
+            return path
+        if path.exists():
+            print(f"{path} is not whole and is passed over")
+    return None
 
 
 def metric_names(loop: BaseLoop) -> list[str]:
@@ -185,11 +258,6 @@ def building(part: str) -> Iterator[None]:
     """Turn what goes wrong while a part of the config is built into an `InputError`."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, FileNotFoundError) as error:
         line = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the config is wrong, {part} cannot be built: {line}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's text; mmengine wraps one error into another and repeats tracebacks in their texts."""
-    return next(iter(str(error.args[0] if error.args else error).strip().splitlines()), "")

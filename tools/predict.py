@@ -5,12 +5,14 @@
       --checkpoint work_dirs/segformer_fma2d-base_8xb2-160k_ade20k-512x512/iter_160000.pth
 
 For photo.jpg it writes photo_overlay.png, photo_classes.png (one channel, labels as in the data set's annotations);
-and for all images together legend.png and areas.csv.
+and for all images together legend.png and areas.csv. Images of one name in several folders keep their folders. One that
+cannot be read is left out, and told at the end, with status 1.
 """
 
 import argparse
 import csv
 import glob
+import os
 import sys
 import time
 from functools import partial
@@ -22,27 +24,32 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import DATASETS, MODELS
-from PIL import Image, ImageOps
+from mmengine.registry import MODELS
+from mmseg.datasets.transforms import LoadImageFromNDArray
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from fma2d.mmseg import CheckpointError, load_model
 from fma2d.tiled import segment, smallest_integer
+from tools.arguments import device, positive, share
+from tools.check_dataset import first_line, too_large
 from tools.config_names import check_inference
-from tools.ending import InputError, ending
-from tools.mmseg_runs import add_options, annotation_labels, read_config, replace_sync_bn
+from tools.ending import InputError, ending, output_folder
+from tools.mmseg_runs import add_options, annotation_labels, files_of, read_config, replace_sync_bn, result_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x128.py"
 CHECKPOINT = ROOT / "checkpoints/segformer_fma2d-nano_scenes.safetensors"
+LOADER = LoadImageFromFile()
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class Predictor:
-    """A model with its classes: `[H, W, 3]` RGB pictures to `[H, W]` labels.
+    """A model with its classes: pictures as `read` gives them to `[H, W]` labels.
 
     Args:
         cfg: a segmentation config.
@@ -67,20 +74,28 @@ class Predictor:
         check_inference(cfg)
         self.model: nn.Module = MODELS.build(cfg.model).eval().to(device)
         load_model(self.model, str(checkpoint))
-        self.mode, self.tile = mode, tile
-        dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, pipeline=[], lazy_init=True))
+        # The tiles are of heads that resize as most do; others run as mmsegmentation has them.
+        self.in_tiles, self.tile = mode == "whole" and not self.model.decode_head.align_corners, tile
+        dataset = files_of(cfg)[0]
         self.labels = annotation_labels(dataset)
         self.names = [name.strip() for name in dataset.metainfo["classes"]]
         self.palette = np.array(dataset.metainfo["palette"], np.uint8)
-        skipped = {"LoadImageFromFile", "LoadAnnotations", *({"Resize"} if full_size else ())}
-        steps = [step for step in cfg.test_dataloader.dataset.pipeline if step["type"] not in skipped]
-        self.pipeline = Compose([dict(type="LoadImageFromNDArray"), *steps])
+        skipped = ("LoadAnnotations", *(["Resize"] if full_size else []))
+        steps = [step for step in dataset.pipeline.transforms if type(step).__name__ not in skipped]
+        loaders = [step for step in steps if type(step).__name__.startswith("Load")]
+        self.loader = loaders[0] if loaders else LOADER
+        rest = [step for step in steps if step not in loaders]
+        self.pipeline = Compose([LoadImageFromNDArray(to_float32=self.loader.to_float32), *rest])
+
+    def read(self, path: Path) -> np.ndarray:
+        """A picture, as the test pipeline of the config loads it: `read_picture`."""
+        return read_picture(path, self.loader)
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """The class of every pixel, uint8 or int16, counted from 0."""
-        data = self.pipeline(dict(img=np.ascontiguousarray(picture[..., ::-1])))
+        data = self.pipeline(dict(img=flipped(picture)))
         data = {name: [value] for name, value in data.items()}
-        if self.mode == "slide":
+        if not self.in_tiles:
             with torch.inference_mode():
                 (sample,) = self.model.test_step(data)
             return sample.pred_sem_seg.data[0].to(smallest_integer(len(self.names))).cpu().numpy()
@@ -90,7 +105,10 @@ class Predictor:
 
     def overlay(self, picture: np.ndarray, classes: np.ndarray, opacity: float = 0.5) -> Image.Image:
         """The picture with the colours of its classes laid over it."""
-        return Image.blend(Image.fromarray(picture), Image.fromarray(self.palette[classes]), opacity)
+        seen = picture if picture.ndim == 3 else picture[..., None]
+        seen = seen[..., :3] if seen.shape[2] >= 3 else seen[..., :1].repeat(3, 2)
+        seen = Image.fromarray(np.ascontiguousarray(seen.clip(0, 255).astype(np.uint8)))
+        return Image.blend(seen, Image.fromarray(self.palette[classes]), opacity)
 
     def legend(self, classes: list[int], title: str) -> Figure:
         """Colours and names of some classes."""
@@ -102,32 +120,45 @@ class Predictor:
 
 
 def find_images(inputs: list[str]) -> list[Path]:
-    """The images that files, folders and globs name."""
+    """The images that files, folders and globs name, each once; hidden files of a folder are none."""
     found = []
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            paths = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            names = (p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            paths = sorted(p for p in names if p.is_file())
             if not paths:
                 raise InputError(f"the folder {path} holds no image ({', '.join(sorted(SUFFIXES))})")
         else:
-            paths = [path] if path.is_file() else sorted(map(Path, glob.glob(text, recursive=True)))
+            matches = [text] if path.is_file() else sorted(glob.glob(text, recursive=True))
+            paths = [match for match in map(Path, matches) if match.is_file()]
             if not paths:
                 raise InputError(f"there is no image {text}")
         found += paths
-    stems = [path.stem for path in found]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise InputError(f"images of the same name would overwrite each other's results: {', '.join(twice)}")
-    return found
+    return list({os.path.abspath(path): path for path in found}.values())
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """An image `[H, W, 3]`, RGB, the right way up."""
+def flipped(picture: np.ndarray) -> np.ndarray:
+    """RGB to BGR, which mmsegmentation's pipelines work on, and back; of 4 channels the last stays."""
+    if picture.ndim == 3 and picture.shape[2] in (3, 4):
+        picture = picture[..., [2, 1, 0, 3][: picture.shape[2]]]
+    return np.ascontiguousarray(picture)
+
+
+def read_picture(path: Path, loader: LoadImageFromFile = LOADER) -> np.ndarray:
+    """An image as a step of a pipeline loads it, as in training; by default `[H, W, 3]`, 8 bits, RGB, the right way up.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
+        picture = loader(dict(img_path=str(path)))
+    except Exception as error:  # the decoders raise almost anything
+        reason = "it is too large: cut it into parts" if too_large(error) else first_line(error)
+        raise InputError(f"{path} cannot be read as an image: {reason}") from None
+    if picture is None:
+        raise InputError(f"{path} cannot be read as an image")
+    return flipped(picture["img"])
 
 
 def peak_memory(device: str) -> str:
@@ -152,17 +183,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/predict"), help="folder of the results (out/predict)")
     add("--mode", choices=("whole", "slide"), default="whole", help="whole image, or sliding window (whole)")
     add("--full-size", action="store_true", help="no resizing before the network, whatever the config does")
-    add("--opacity", type=float, default=0.5, help="of the colours in the overlay, 0 to 1 (0.5)")
-    add("--tile", type=int, default=256, help="pixels a side that head and argmax work on at a time, whole mode (256)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:N (cuda if there)")
+    add("--opacity", type=share, default=0.5, help="of the colours in the overlay, 0 to 1 (0.5)")
+    add("--tile", type=positive, default=256, help="pixels a side that the head works on at a time, whole mode (256)")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device, default=gpu, help="cpu, cuda, cuda:N (cuda if there)")
     add_options(parser)
     args = parser.parse_args(argv)
-    if not 0 <= args.opacity <= 1 or args.tile < 1:
-        parser.error("--opacity must be from 0 to 1, --tile at least 1")
     if "model.test_cfg.mode" in (args.cfg_options or {}):
         parser.error("--cfg-options model.test_cfg.mode: --mode says it")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here")
     if args.checkpoint is None:
         if args.config != CONFIG:
             parser.error("--config needs the --checkpoint that belongs to it")
@@ -172,27 +200,56 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Segment each image and write what was found."""
+    """Segment each image and write what was found; what cannot be is left out, and told at the end."""
     paths = find_images(args.images)
     cfg = read_config(args.config, args.cfg_options)
+    results = {path: args.out / name for path, name in result_names(paths).items()}
+    given = set(map(os.path.abspath, paths))
+    for path in results.values():
+        if taken := given & {os.path.abspath(f"{path}_{kind}.png") for kind in ("overlay", "classes")}:
+            raise InputError(f"--out {args.out}: a result would overwrite the image {taken.pop()}")
+    output_folder(args.out)
     predictor = Predictor(cfg, args.checkpoint, args.mode, args.full_size, args.tile, args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows, seen, started = [], set(), time.monotonic()
-    for path in tqdm(paths, desc="images", unit="image", dynamic_ncols=True):
-        picture = read_picture(path)
+    seen, failed, started = set(), [], time.monotonic()
+    # In UTF-8 whatever the locale, and names that are no text as their bytes; each row is written when it is known.
+    with open(args.out / "areas.csv", "w", newline="", encoding="utf-8", errors="surrogateescape", buffering=1) as file:
+        table = csv.writer(file)
+        table.writerow(("image", "label", "class", "pixels", "share"))
+        for path, result in tqdm(results.items(), desc="images", unit="image", dynamic_ncols=True):
+            try:
+                classes = predict_one(predictor, path, result, args.opacity)
+            except InputError as error:
+                failed.append(error)
+                continue
+            pixels = np.bincount(classes.reshape(-1))
+            for i in sorted(np.flatnonzero(pixels), key=lambda i: -pixels[i]):
+                share = f"{pixels[i] / classes.size:.6f}"
+                table.writerow((path, predictor.labels[i], predictor.names[i], pixels[i], share))
+                seen.add(int(i))
+    if seen:
+        predictor.legend(sorted(seen), args.config.stem).savefig(args.out / "legend.png", bbox_inches="tight")
+    seconds, done = time.monotonic() - started, len(paths) - len(failed)
+    if done:
+        print(f"{done} images in {seconds:.1f} s, peak memory {peak_memory(args.device)}; results in {args.out}")
+    if failed:
+        *others, last = failed
+        print(*(f"left out: {error}" for error in others), sep="\n", end="\n" if others else "", file=sys.stderr)
+        raise InputError(last if len(paths) == 1 else f"{len(failed)} of {len(paths)} images left out: {last}")
+
+
+def predict_one(predictor: Predictor, path: Path, result: Path, opacity: float) -> np.ndarray:
+    """Segment an image and write its pictures to `result`_*.png; its classes."""
+    try:
+        picture = predictor.read(path)
         classes = predictor(picture)
-        predictor.overlay(picture, classes, args.opacity).save(args.out / f"{path.stem}_overlay.png")
-        Image.fromarray(predictor.labels[classes]).save(args.out / f"{path.stem}_classes.png")
-        pixels = np.bincount(classes.reshape(-1))
-        for i in sorted(np.flatnonzero(pixels), key=lambda i: -pixels[i]):
-            share = f"{pixels[i] / classes.size:.6f}"
-            rows.append((path, predictor.labels[i], predictor.names[i], pixels[i], share))
-            seen.add(int(i))
-    with open(args.out / "areas.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("image", "label", "class", "pixels", "share"), *rows])
-    predictor.legend(sorted(seen), args.config.stem).savefig(args.out / "legend.png", bbox_inches="tight")
-    seconds = time.monotonic() - started
-    print(f"{len(paths)} images in {seconds:.1f} s, peak memory {peak_memory(args.device)}; results in {args.out}")
+        result.parent.mkdir(parents=True, exist_ok=True)
+        predictor.overlay(picture, classes, opacity).save(f"{result}_overlay.png")
+        Image.fromarray(predictor.labels[classes]).save(f"{result}_classes.png")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise InputError(f"{path} is too large for the memory here: cut it, or leave out --full-size") from None
+        raise
+    return classes
 
 
 @ending(CheckpointError)

@@ -6,6 +6,7 @@ python tools/test.py configs/scenes/segformer_fma2d-nano_1xb4-1200_scenes-128x12
 import argparse
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,27 +16,39 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS
 from PIL import Image
 from torch import nn
 
 from fma2d.checkpoint import save_checkpoint
 from fma2d.mmseg import CheckpointError, load_model
-from tools.ending import ending
-from tools.mmseg_runs import add_options, annotation_labels, build_runner, check_data, fit_to_machine, read_config
+from tools.ending import InputError, ending, output_folder
+from tools.mmseg_runs import (
+    add_options,
+    annotation_labels,
+    build_runner,
+    check_data,
+    files_of,
+    fit_to_machine,
+    read_config,
+    result_names,
+)
 
 
 class WritePredictions(Hook):
-    """Writes what was predicted as annotation files, with the labels of the data set's own (`annotation_labels`)."""
+    """Writes what was predicted as annotation files, with the labels of the data set's own (`annotation_labels`).
 
-    def __init__(self, folder: Path, labels: np.ndarray):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.labels = folder, labels
+    `names` says where each image's goes, without suffix (`result_names`).
+    """
+
+    def __init__(self, folder: Path, labels: np.ndarray, names: dict[Path, Path]):
+        self.folder, self.labels, self.names = folder, labels, names
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=()) -> None:
         for sample in outputs:
-            classes = sample.pred_sem_seg.data[0].cpu().numpy()
-            Image.fromarray(self.labels[classes]).save(self.folder / f"{Path(sample.img_path).stem}.png")
+            classes = sample.pred_sem_seg.data[0].long().cpu().numpy()  # a head of one channel gives them as floats
+            path = self.folder / f"{self.names[Path(sample.img_path)]}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.labels[classes]).save(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -67,7 +80,7 @@ def use_tta(cfg: Config) -> None:
 
 def publish(model: nn.Module, path: Path, cfg: Config, metrics: dict[str, float]) -> None:
     """Write the weights with the config's name and the result as metadata, and the file's sha256 beside it."""
-    about = Path(cfg.test_dataloader.dataset.data_root, "generated.json")
+    about = Path(cfg.test_dataloader.dataset.get("data_root") or ".", "generated.json")
     digest = save_checkpoint(
         model,
         path,
@@ -75,7 +88,7 @@ def publish(model: nn.Module, path: Path, cfg: Config, metrics: dict[str, float]
         data=json.loads(about.read_text()) if about.is_file() else cfg.test_dataloader.dataset.type,
         metrics={name: round(float(value), 2) for name, value in metrics.items() if np.isscalar(value)},
     )
-    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
+    path.with_name(f"{path.name}.sha256").write_bytes(os.fsencode(f"{digest}  {path.name}\n"))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, sha256 {digest}")
 
 
@@ -83,14 +96,19 @@ def test(args: argparse.Namespace) -> None:
     """Check everything, then test."""
     cfg = read_config(args.config, args.cfg_options)
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("work_dirs") / args.config.stem)
+    for folder in filter(None, (Path(cfg.work_dir), args.out, args.publish and args.publish.parent)):
+        output_folder(folder)
+    if args.publish and args.publish.is_dir():
+        raise InputError(f"--publish: {args.publish} is a folder")
     fit_to_machine(cfg, args.launcher)
     check_data(cfg, ("test",))
     if args.tta:
         use_tta(cfg)
     runner = build_runner(cfg, train=False)
     if args.out:
-        labels = annotation_labels(DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)))
-        runner.register_hook(WritePredictions(args.out, labels))
+        parts = files_of(cfg)
+        images = [Path(part.get_data_info(i)["img_path"]) for part in parts for i in range(len(part))]
+        runner.register_hook(WritePredictions(args.out, annotation_labels(parts[0]), result_names(images)))
     model = getattr(runner.model, "module", runner.model)  # of a parallel or a TTA wrapper
     model = getattr(model, "module", model)
     load_model(model, str(args.checkpoint))

@@ -10,11 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.runner import find_latest_checkpoint
-
 from fma2d.mmseg import CheckpointError, load_tensors, read_weights
-from tools.ending import ending
-from tools.mmseg_runs import add_options, build_runner, check_data, fit_to_machine, read_config
+from tools.ending import ending, output_folder
+from tools.mmseg_runs import add_options, build_runner, check_data, fit_to_machine, last_checkpoint, read_config
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,14 +32,17 @@ def train(args: argparse.Namespace) -> None:
     """Check everything, then train."""
     cfg = read_config(args.config, args.cfg_options)
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("work_dirs") / args.config.stem)
-    if args.resume:
-        cfg.resume = (Path(cfg.work_dir) / "last_checkpoint").is_file()
-        if not cfg.resume:
+    output_folder(Path(cfg.work_dir))
+    if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
+        found = last_checkpoint(Path(cfg.work_dir))
+        cfg.resume = found is not None
+        if found:
+            cfg.load_from = str(found)
+        else:
             print(f"there is no checkpoint in {cfg.work_dir}: starting from the beginning")
     fit_to_machine(cfg, args.launcher, args.amp)
     check_data(cfg, ("train", "val"))
-    start = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None)
-    if start:
+    if start := cfg.get("load_from"):
         read_weights(start)  # what is no checkpoint is refused now, before mmengine runs the code it may hold
     runner = build_runner(cfg, train=True)
     meta = load_tensors(start, "cpu").get("meta", {}) if start and cfg.get("resume") else {}

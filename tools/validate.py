@@ -20,8 +20,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from tools.arguments import mapping
-from tools.ending import InputError, ending
+from tools.arguments import device, mapping, positive, share
+from tools.ending import InputError, ending, output_folder
 from tools.training.checkpoints import load_weights, read_metadata, read_tensors, save_weights, sha256
 from tools.training.data import WORKERS, EvalBatches, ImageFolder, eval_transform, find_split, list_images, make_loader
 from tools.training.engine import Processes, evaluate
@@ -39,15 +39,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", default="val", help="folder below ROOT (val)")
     add("--model", metavar="NAME", help="timm name, for a checkpoint that does not say its own")
     add("--model-kwargs", type=mapping, default={}, metavar="X", help="its arguments as YAML, e.g. '{cell_size: 2}'")
-    add("--img-size", type=int, metavar="N", help="pixels a side (what the weights were made for)")
-    add("--crop-pct", type=float, metavar="X", help="share of the image that is seen (the same)")
-    add("--batch-size", type=int, default=64, metavar="N", help="(64)")
+    add("--img-size", type=positive, metavar="N", help="pixels a side (what the weights were made for)")
+    add("--crop-pct", type=share, metavar="X", help="share of the image that is seen (the same)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="(64)")
     add("--workers", type=int, default=WORKERS, metavar="N", help=f"processes that read images; 0: none ({WORKERS})")
-    add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (a GPU if there is one)")
     add("--amp", choices=("bf16", "fp16"), help="mixed precision (float32)")
     add("--store", choices=DTYPES, default="float32", help="round the weights to this before measuring (float32)")
     add("--publish", type=Path, metavar="FILE.safetensors", help="write the weights and what was measured")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.workers < 0:
+        parser.error("--workers must be at least 0")
+    if args.publish and args.publish.suffix != ".safetensors":
+        parser.error(f"--publish: the file must end in .safetensors, got {args.publish}")
+    return args
 
 
 @ending()
@@ -58,13 +63,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Validate as the command line says."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: there is no CUDA device here")
+    place = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.publish and args.publish.exists():
         raise InputError(f"{args.publish} exists already")
     if args.publish and not args.publish.parent.is_dir():
         raise InputError(f"there is no folder {args.publish.parent} to publish to")
+    if args.publish:
+        output_folder(args.publish.parent)
     metadata = read_metadata(Path(args.weights)) if Path(args.weights).is_file() else {}
     if args.publish and "recipe" not in metadata:
         raise InputError(f"--publish needs a file of tools/train_classifier.py; {args.weights} has no recipe")
@@ -79,13 +84,13 @@ def run(args: argparse.Namespace) -> None:
             tensor.data = tensor.data.to(getattr(torch, args.store)).float()
 
     data = ImageFolder(samples, config["input_size"][0], eval_transform(config), seed=0)
-    loader = make_loader(data, EvalBatches(len(samples), args.batch_size), args.workers, device)
-    scores = evaluate(model.to(device), loader, Processes(device), args.amp)
+    loader = make_loader(data, EvalBatches(len(samples), args.batch_size), args.workers, place)
+    scores = evaluate(model.to(place), loader, Processes(place), args.amp)
     print(
         f"top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  loss {scores['loss']:.4f}  "
         f"({len(samples)} images of {root}, {config['input_size'][-1]} px)"
     )
-    print(f"{len(samples) / scores['seconds']:.1f} images/s in the model, on {device}, {args.amp or 'float32'}")
+    print(f"{len(samples) / scores['seconds']:.1f} images/s in the model, on {place}, {args.amp or 'float32'}")
     if args.publish:
         publish(args, model, scores, metadata)
 

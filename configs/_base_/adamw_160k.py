@@ -1,6 +1,6 @@
 # SegFormer's schedule: AdamW, linear warm-up, linear decay; no decay on norms and aggregation kernels, head at 10 times
 # the learning rate.
-_base_ = ["mmseg::_base_/schedules/schedule_160k.py"]
+_base_ = ["schedules/schedule_160k.py"]
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",

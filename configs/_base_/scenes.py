@@ -1,10 +1,10 @@
 # SegFormer (MiT-B0) on generated scenes (tools/make_scenes.py), a schedule of minutes on a CPU, from random weights. Of
 # ADE20K's classes the head knows those that occur: with all 150, the loss took two fifths of an iteration.
 _base_ = [
-    "mmseg::_base_/models/segformer_mit-b0.py",
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/default_runtime.py",
-    "mmseg::_base_/schedules/schedule_20k.py",
+    "models/segformer_mit-b0.py",
+    "datasets/ade20k.py",
+    "default_runtime.py",
+    "schedules/schedule_20k.py",
 ]
 data_root = "data/scenes"
 crop_size = (128, 128)
@@ -49,6 +49,7 @@ model = dict(
     decode_head=dict(
         channels=64,
         dropout_ratio=0.0,
+        norm_cfg=dict(type="BN"),  # SyncBN trains on several GPUs only
         num_classes=len(weights),
         loss_decode=dict(class_weight=list(weights.values())),
     ),

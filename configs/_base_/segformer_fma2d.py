@@ -1,7 +1,7 @@
 # FMA2D nano with SegFormer's head, 160k iterations; tested on whole images (model.test_cfg.mode=slide for a window).
 _base_ = [
-    "mmseg::_base_/models/segformer_mit-b0.py",
-    "mmseg::_base_/default_runtime.py",
+    "models/segformer_mit-b0.py",
+    "default_runtime.py",
     "adamw_160k.py",
 ]
 custom_imports = dict(imports=["fma2d.mmseg"])

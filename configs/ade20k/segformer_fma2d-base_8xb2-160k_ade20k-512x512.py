@@ -1,5 +1,5 @@
 # FMA2D-B with SegFormer's head on ADE20K, the model of arXiv:2310.11960v4; pre-training on ImageNet-22K.
-_base_ = ["../_base_/segformer_fma2d-base.py", "mmseg::_base_/datasets/ade20k.py"]
+_base_ = ["../_base_/segformer_fma2d-base.py", "../_base_/datasets/ade20k.py"]
 crop_size = _base_.crop_size
 model = dict(
     data_preprocessor=dict(size=crop_size),

@@ -1,5 +1,5 @@
 # FMA2D nano with SegFormer's head on ADE20K; pre-training on ImageNet-1K.
-_base_ = ["../_base_/segformer_fma2d.py", "mmseg::_base_/datasets/ade20k.py"]
+_base_ = ["../_base_/segformer_fma2d.py", "../_base_/datasets/ade20k.py"]
 crop_size = _base_.crop_size
 model = dict(
     data_preprocessor=dict(size=crop_size),

@@ -1,8 +1,8 @@
 # FMA2D-B with UPerNet on ADE20K; pre-training on ImageNet-22K.
 _base_ = [
-    "mmseg::_base_/models/upernet_swin.py",
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/default_runtime.py",
+    "../_base_/models/upernet_swin.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/default_runtime.py",
     "../_base_/adamw_160k.py",
 ]
 custom_imports = dict(imports=["fma2d.mmseg"])

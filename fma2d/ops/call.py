@@ -160,7 +160,8 @@ def _stacks(kernels, q: Tensor, cell_size: int, rank: int, variant: str) -> list
 def _check_mask(key_mask, q: Tensor) -> Tensor | None:
     if key_mask is None:
         return None
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != bool or key_mask.layout != strided:
+    dense = isinstance(key_mask, Tensor) and key_mask.layout == strided and not key_mask.is_nested
+    if not dense or key_mask.dtype != bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise TypeError(f"key_mask must be a dense bool tensor, True where the token exists, got {got}")
     _check_device("key_mask", key_mask, q)

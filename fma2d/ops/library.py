@@ -56,8 +56,10 @@ def multipole_attention_backward(q, k, v, kernels, key_mask, out, lse, d_out, d_
 
 @multipole_attention_backward.register_fake
 def _(q, k, v, kernels, key_mask, out, lse, d_out, d_lse, *settings):
-    return [*map(channels_last_like, (q, k, v)), *(torch.empty_like(w, memory_format=torch.contiguous_format)
-                                                   for w in kernels or [])]
+    return [
+        *map(channels_last_like, (q, k, v)),
+        *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in kernels or []),
+    ]
 
 
 def channels_last_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """The definition, dense and slow: every backend is held to this one.
 
-It shares the integers of `geometry` and the start value with the others and nothing else: relations between tokens and cells are full
-matrices, kernels act token by token through one matrix an axis, and one softmax runs over all entries of the cover.
-Differentiable to any order, float16 to float64, any device; memory grows with the square of the number of tokens.
+It shares the integers of `geometry` and the start value with the others and nothing else: relations between tokens and
+cells are full matrices, kernels act token by token through one matrix an axis, and one softmax runs over all entries of
+the cover. Differentiable to any order, float16 to float64, any device; memory grows with the square of the number of tokens.
 """
 
 import torch
@@ -146,9 +146,7 @@ def _token_matrix(weights: Tensor, extent: int, side: int) -> Tensor:
     return torch.where(token // side == cell[:, None], weights[..., token % side].unsqueeze(-2), 0)
 
 
-def _summaries(
-    x: Tensor, kernels: Tensor, level: int, tokens_exist: Tensor, count: Tensor, options: Options
-) -> Tensor:
+def _summaries(x: Tensor, kernels: Tensor, level: int, tokens_exist: Tensor, count: Tensor, options: Options) -> Tensor:
     """Summary tokens of a level from tokens `[B, heads, *grid, head_dim]`: `[B, heads, entries, head_dim]`.
 
     `kernels`: of one kind, `[axes, rank, heads | 1, head_dim | 1, bins]`.

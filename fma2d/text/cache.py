@@ -1,7 +1,7 @@
-"""What a causal attention layer keeps of earlier tokens, so that the next one costs little.
+"""What a causal model keeps of earlier tokens, so that the next one costs little.
 
-A `MultipoleCache` keeps what later queries can still attend to, and what is needed to go on. In units of one key and
-one value, a row of `n` tokens has, with cell size `r` and rank `p`,
+A layer of fast multipole attention keeps what later queries can still attend to, and what is needed to go on. In units
+of one key and one value, a row of `n` tokens has, with cell size `r` and rank `p`,
 
 - `2r` near tokens: those of the last two base cells, token `t` in slot `t mod 2r`;
 - `4p` summary tokens for each level: those of the last four cells, cell `c` in slot `c mod 4`. One is being filled, the
@@ -15,245 +15,193 @@ so each summary is a plain weighted sum, to which a token is added as it comes.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels import start_kernels
 from ..geometry import cell_side
-from ..modules import FMA1d
-from .checks import check_padding
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+from .attention import Attention
 
 
-class Cache(ABC):
-    """Keys and values of one layer's tokens in some form; rows may be of different length.
+class Cache:
+    """Keys and values of a causal model's earlier tokens, in some form, for each of its layers, all of one kind.
 
-    Attributes:
-        lengths: int64 `[B]`, tokens that each row has seen; None before the first call.
-        longest: the most of them.
+    Rows may differ in length. The layers keep their weights while the cache is in use.
+
+    Raises:
+        ValueError: for layers that are not causal, or whose rank does not divide their cell size.
     """
 
-    lengths: Tensor | None = None
-    longest: int = 0
-
-    @torch.no_grad()
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, attend: Attend) -> Tensor:
-        """Add tokens, and give what each attends to, `[B, heads, N, head_dim]`; no gradients.
-
-        Args:
-            q, k, v: `[B, heads, N, head_dim]`.
-            key_mask: bool, broadcastable to `[B, N]`, True where a token exists, in each row the first ones.
-            attend: the layer's attention without a cache, for the first call.
-
-        Raises:
-            ValueError: for another number of rows than before, or a mask with a hole.
-        """
-        if key_mask is not None:
-            key_mask = key_mask.expand(q.shape[0], q.shape[2])
-            check_padding(key_mask)
-        if self.lengths is None:
-            out = attend(q, k, v, key_mask)
-            if key_mask is None:
-                self.lengths = torch.full((q.shape[0],), q.shape[2], device=q.device)
-                self.longest = q.shape[2]
-            else:
-                self.lengths = key_mask.sum(1)
-                self.longest = int(self.lengths.max())
-            with torch.autocast(q.device.type, enabled=False):
-                self._fill(k, v)
-            return out
-        if q.shape[0] != len(self.lengths):
-            raise ValueError(f"the cache is of {len(self.lengths)} rows, got {q.shape[0]}")
-        if key_mask is not None:
-            k, v = (torch.where(key_mask[:, None, :, None], x, 0) for x in (k, v))
-        outs = []
-        for t in range(q.shape[2]):
-            with torch.autocast(q.device.type, enabled=False):
-                outs.append(self._step(*(x[:, :, t : t + 1] for x in (q, k, v))))
-            self.lengths = self.lengths + (1 if key_mask is None else key_mask[:, t])
-            self.longest = self.longest + 1 if key_mask is None else int(self.lengths.max())
-        return torch.cat([q[:, :, :0], *outs], 2)
-
-    @abstractmethod
-    def entries(self) -> int:
-        """Keys that are kept for the longest row; there are as many values."""
-
-    @abstractmethod
-    def _fill(self, k: Tensor, v: Tensor) -> None:
-        """Take the first tokens, of which `lengths` exist in each row."""
-
-    @abstractmethod
-    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Take one token a row, and attend; an absent token (zeros) may be kept where the next one will be."""
-
-
-class KeyValueCache(Cache):
-    """Every key and value: `n` entries, for full attention."""
-
-    def entries(self) -> int:
-        return self.longest
-
-    def _fill(self, k: Tensor, v: Tensor) -> None:
-        self.tokens = torch.stack((k, v))
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.longest >= self.tokens.shape[3]:
-            self.tokens = F.pad(self.tokens, (0, 0, 0, self.tokens.shape[3] + 1))
-        rows = torch.arange(len(q), device=q.device)
-        self.tokens[:, rows, :, self.lengths] = torch.stack((k, v))[:, :, :, 0].movedim(0, 1)
-        keys, values = self.tokens[:, :, :, : self.longest + 1]
-        seen = torch.arange(self.longest + 1, device=q.device) <= self.lengths[:, None]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
-
-
-class MultipoleCache(Cache):
-    """Near tokens, and, with kernels, summary tokens of all levels; see the top of this file.
-
-    Args:
-        cell_size: tokens of a base cell.
-        rank: summary tokens per coarse cell, a divisor of `cell_size`.
-        kernels: densities as `FMA1d` holds them, `[levels, key | value, 1, rank, heads | 1, head_dim | 1, cell_size]`
-            with at least one level; None for the near field alone.
-        count_bias: whether a summary token counts for as many as it stands for.
-    """
-
-    def __init__(self, cell_size: int, rank: int = 1, kernels: Tensor | None = None, count_bias: bool = True):
-        self.cell_size, self.rank = cell_size, rank
-        self.levels = 0
-        self.planner = Planner(cell_size, rank, kernels is not None, count_bias)
-        # By level and bin: `[levels, bins, key | value, heads | 1, rank, head_dim | 1]`.
-        self.kernels = None if kernels is None else kernels.detach()[:, :, 0].permute(0, 5, 1, 3, 2, 4)
-
-    @classmethod
-    def of(cls, module: FMA1d) -> MultipoleCache:
-        """An empty cache for a module, to be used while its kernels stay as they are.
-
-        Raises:
-            ValueError: for a module that is not causal, or whose rank does not divide its cell size.
-        """
-        if not module.causal:
-            raise ValueError("a cache is for causal modules: in others, later tokens change earlier outputs")
-        if module.cell_size % module.rank:
-            raise ValueError(f"a cache needs a rank that divides cell_size {module.cell_size}, got {module.rank}")
-        kernels = module.kernels
-        if kernels is None:
-            sizes = (1, module.cell_size, module.rank, 1, 1, 1)
-            kernels = start_kernels(*sizes, bins=module.cell_size, device=module.qkv.weight.device)[None]
-        return cls(module.cell_size, module.rank, kernels, module.count_bias)
-
-    def share_plan(self, other: MultipoleCache) -> None:
-        """Plan each step once for both: for the cache of another layer that is given the same tokens."""
-        if self.planner == other.planner:
-            self.planner = other.planner
-
-    def entries(self) -> int:
-        return self.slots.shape[3]
+    def __init__(self, attentions: Sequence[Attention]):
+        self._rows = Rows()
+        self.layers = [(KeyValues if x.kind == "full" else Multipole)(x, self._rows) for x in attentions]
 
     @property
-    def _blocks(self) -> int:
-        """How many of the slots, the first ones, hold sums over blocks: no query attends to them."""
-        return 0 if self.kernels is None else self.cell_size
+    def lengths(self) -> Tensor | None:
+        """int64 `[B]`, tokens that each row has seen; None before the first ones."""
+        return self._rows.lengths
 
-    def _fill(self, k: Tensor, v: Tensor) -> None:
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        blocks = torch.stack((k, v))[:, :, :, : max(1, self.longest)].to(dtype)
-        exists = torch.arange(blocks.shape[3], device=k.device) < self.lengths[:, None]
-        blocks = torch.where(exists[:, None, :, None], blocks, 0)
-        slots = [_latest(blocks, self.lengths - 1, 2 * self.cell_size)]
-        if self.kernels is not None:
-            self.kernels = self.kernels.to(dtype)
-            while self.longest > cell_side(self.levels + 1, self.cell_size):
-                self.levels += 1
-                own = self.lengths // cell_side(self.levels, self.cell_size)
-                summaries = _latest(self._summaries(blocks).flatten(4), own, 4)
-                slots.append(summaries.unflatten(4, (self.rank, -1)).flatten(3, 4))
-                blocks = _pairs(blocks)
-            slots.insert(0, _whole(blocks, self.cell_size))
-        self.slots = torch.cat(slots, 3)
+    def entries(self) -> int:
+        """Keys that a layer keeps for the longest row; there are as many values."""
+        return self.layers[0].entries()
 
-    def _summaries(self, blocks: Tensor) -> Tensor:
-        """`[2, B, heads, cells, rank, head_dim]` of the last level, whose cells have `cell_size` blocks each."""
-        cells = _whole(blocks, self.cell_size).unflatten(3, (-1, self.cell_size))
-        weights = self.kernels[min(self.levels, len(self.kernels)) - 1] / cell_side(self.levels, self.cell_size)
-        return torch.einsum("xbhcrd,rxhpd->xbhcpd", cells, weights)
-
-    def _begin_level(self) -> None:
-        """Begin the next level: all tokens are in its first cell, which the longest row has filled."""
-        blocks, slots = self.slots.split((self.cell_size, self.slots.shape[3] - self.cell_size), 3)
-        self.levels += 1
-        first = _whole(self._summaries(blocks).flatten(3, 4), 4 * self.rank)
-        self.slots = torch.cat((_whole(_pairs(blocks), self.cell_size), slots, first), 3)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.kernels is not None and self.longest >= cell_side(self.levels + 1, self.cell_size):
-            self._begin_level()
-        dtype = self.slots.dtype
-        plan = self.planner.plan(self.lengths, self.levels, dtype)
-        token = torch.stack((k, v)).to(dtype)
-        self._put(plan.near, token)
-        if self.kernels is not None:
-            self._put(plan.block, self._get(plan.block) + token)
-            # `[B, levels, key | value, heads | 1, rank, head_dim | 1]`, then in the order of slots.
-            weights = self.kernels[plan.level.clamp(max=len(self.kernels) - 1), plan.bin] * plan.density
-            weights = weights.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
-            self._put(plan.far, torch.where(plan.begun, self._get(plan.far), 0) + weights * token)
-        keys, values = self.slots[:, :, :, self._blocks :]
-        return F.scaled_dot_product_attention(q.to(dtype), keys, values, attn_mask=plan.bias).to(q.dtype)
-
-    def _at(self, slot: Tensor) -> Tensor:
-        return slot[:, None, :, None].expand(2, -1, self.slots.shape[2], -1, self.slots.shape[4])
-
-    def _get(self, slot: Tensor) -> Tensor:
-        """What is in slots `[B, S]`: `[2, B, heads, S, head_dim]`."""
-        return self.slots.gather(3, self._at(slot))
-
-    def _put(self, slot: Tensor, x: Tensor) -> None:
-        self.slots.scatter_(3, self._at(slot), x)
-
-
-class Plan(NamedTuple):
-    """Where the next token of each row goes, and what it attends to."""
-
-    near: Tensor  # [B, 1], the slot of its key and value
-    block: Tensor  # [B, 1], the slot of its block
-    far: Tensor  # [B, levels * rank], the slots of the summaries that it is a part of
-    begun: Tensor  # [B, 1, levels * rank, 1], whether these hold earlier tokens of the same cell
-    level: Tensor  # [levels], 0 for level 1
-    bin: Tensor  # [B, levels], of the kernel
-    density: Tensor  # [levels, 1, 1, 1, 1], what kernels as modules hold them are multiplied by
-    bias: Tensor  # [B, 1, 1, slots], added to scores: -inf, 0, or the log of the tokens that a summary speaks for
+    def steps(self, ids: Tensor, key_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The parts of ids and mask `[B, N]` that layers take at once: the first tokens together, later ones singly."""
+        rows = self._rows
+        if rows.lengths is None:
+            yield ids, key_mask
+            rows.advance(torch.zeros(len(ids), dtype=torch.int64, device=ids.device), ids.shape[1], key_mask)
+            return
+        if len(ids) != len(rows.lengths):
+            raise ValueError(f"the cache is of {len(rows.lengths)} rows, got {len(ids)}")
+        for t in range(ids.shape[1]):
+            mask = None if key_mask is None else key_mask[:, t : t + 1]
+            yield ids[:, t : t + 1], mask
+            rows.advance(rows.lengths, 1, mask)
 
 
 @dataclass
-class Planner:
-    """Makes plans, and keeps the last one for the other layers of the model, which are at the same tokens."""
+class Rows:
+    """How far the rows have come before the tokens at hand, the same for all layers."""
 
-    cell_size: int
-    rank: int
-    far: bool
-    count_bias: bool
-    _made: tuple[Tensor, int, torch.dtype, Plan] | None = field(default=None, compare=False)
+    lengths: Tensor | None = None  # int64 [B]
+    longest: int = 0
+    plan: Plan | None = None
 
-    def plan(self, lengths: Tensor, levels: int, dtype: torch.dtype) -> Plan:
-        """The plan for rows that have `lengths` `[B]` tokens."""
-        if self._made is not None:
-            made_for, *settings, plan = self._made
-            if settings == [levels, dtype] and (lengths is made_for or torch.equal(lengths, made_for)):
-                return plan
-        plan = self._plan(lengths[:, None], torch.arange(levels, device=lengths.device), dtype)
-        self._made = lengths, levels, dtype, plan
-        return plan
+    def advance(self, lengths: Tensor, tokens: int, key_mask: Tensor | None) -> None:
+        """Leave tokens `[B, tokens]` behind, those that exist."""
+        self.lengths = lengths + (tokens if key_mask is None else key_mask.sum(1))
+        self.longest = self.longest + tokens if key_mask is None else int(self.lengths.max())
+        self.plan = None
 
-    def _plan(self, token: Tensor, level: Tensor, dtype: torch.dtype) -> Plan:
-        size, rank, device = self.cell_size, self.rank, token.device
-        near = 2 * size
+
+class LayerCache:
+    """What one layer keeps. Its subclasses `fill` it with a row's first tokens, of which `lengths` `[B]` exist, take a
+    `step` of one token a row, and tell how many `entries` of a key and a value they hold for the longest row."""
+
+    def __init__(self, layer: Attention, rows: Rows):
+        if not layer.causal:
+            raise ValueError("a cache is for causal models: in others, later tokens change earlier outputs")
+        self.layer, self.rows = layer, rows
+
+    def offset(self) -> Tensor | int:
+        """The position of the first of the tokens at hand, `[B, 1]`."""
+        return 0 if self.rows.lengths is None else self.rows.lengths[:, None]
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Add tokens `[B, heads, N, head_dim]`, and give what each attends to; see `Cache.steps` for how many."""
+        is_first = self.rows.lengths is None
+        out = self.layer.attend(q, k, v, key_mask) if is_first else None
+        if key_mask is not None:  # what is absent may be kept where the next token will be
+            k, v = (torch.where(key_mask[:, None, :, None], x, 0) for x in (k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            if not is_first:
+                return self.step(q, k, v)
+            self.fill(k, v, torch.full((len(k),), k.shape[2], device=k.device) if key_mask is None else key_mask.sum(1))
+        return out
+
+
+class KeyValues(LayerCache):
+    """Every key and value, `n` entries: for full attention."""
+
+    def entries(self) -> int:
+        return self.rows.longest
+
+    def fill(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+        self.tokens = torch.stack((k, v))  # [2, B, heads, room, head_dim]
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lengths, count = self.rows.lengths, self.rows.longest + 1
+        if count > self.tokens.shape[3]:
+            self.tokens = F.pad(self.tokens, (0, 0, 0, count))
+        row = torch.arange(len(q), device=q.device)
+        self.tokens[:, row, :, lengths] = torch.stack((k, v))[:, :, :, 0].movedim(0, 1)
+        keys, values = self.tokens[:, :, :, :count]
+        seen = torch.arange(count, device=q.device) <= lengths[:, None]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+
+
+class Plan(NamedTuple):
+    """Where the next token of each row goes, and what it attends to; levels are counted from 0 here."""
+
+    near: Tensor  # [B, 1], the slot of its key and value
+    block: Tensor  # [B, 1], its block
+    far: Tensor  # [B, levels * rank], the slots of the summaries that it is a part of
+    begun: Tensor  # [B, levels * rank, 1, 1, 1], whether these hold earlier tokens of the same cell
+    bin: Tensor  # [B, levels], of the kernel
+    side: Tensor  # [levels, 1, 1, 1, 1], tokens of a cell
+    bias: Tensor  # [B, 1, 1, slots], added to scores: -inf, 0, or the log of the tokens that a summary speaks for
+
+
+class Multipole(LayerCache):
+    """Near tokens, and, but for `local`, summary tokens of all levels; see the top of this file.
+
+    `slots` is `[B, slots, key | value, heads, head_dim]`, `blocks` the same with `cell_size` sums over blocks.
+    """
+
+    def __init__(self, layer: Attention, rows: Rows):
+        super().__init__(layer, rows)
+        self.cell_size, self.rank, self.levels, self.kernels = layer.cell_size, layer.rank, 0, None
+        if layer.kind == "local":
+            return
+        if self.cell_size % self.rank:
+            raise ValueError(f"a cache needs a rank that divides cell_size {self.cell_size}, got {self.rank}")
+        if layer.kernels is not None:  # densities [levels, kinds, 1, rank, heads | 1, head_dim, cell_size]
+            self.kernels = layer.kernels.detach()[:, :, 0].permute(0, 5, 2, 1, 3, 4)
+        else:  # the sub-cell means
+            start = torch.eye(self.rank, device=layer.qkv.weight.device).mul(self.rank)
+            start = start.repeat_interleave(self.cell_size // self.rank, 0)
+            self.kernels = start[None, :, :, None, None, None]
+        # By level and bin: `[levels, bins, rank, key | value | 1, heads | 1, head_dim | 1]`.
+
+    def entries(self) -> int:
+        return self.slots.shape[1] + (0 if self.kernels is None else self.cell_size)
+
+    def fill(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+        longest = max(1, int(lengths.max()))
+        tokens = _joined(k, v)[:, :longest]
+        self.slots = _latest(tokens, lengths - 1, 2 * self.cell_size)
+        if self.kernels is not None:
+            self.kernels = self.kernels.to(tokens.dtype)
+            self.blocks = _whole(tokens, self.cell_size)
+            while longest > cell_side(self.levels + 1, self.cell_size):
+                self._begin_level(lengths)
+
+    def _begin_level(self, lengths: Tensor) -> None:
+        """Begin the next level, with all of its cells that rows of these lengths have."""
+        self.levels += 1
+        side = cell_side(self.levels, self.cell_size)
+        cells = self.blocks.unflatten(1, (-1, self.cell_size))
+        weights = self.kernels[min(self.levels, len(self.kernels)) - 1] / side
+        summaries = torch.einsum("bcrxhd,rpxhd->bcpxhd", cells, weights)
+        self.slots = torch.cat((self.slots, _latest(summaries, lengths // side, 4).flatten(1, 2)), 1)
+        self.blocks = _whole(_whole(self.blocks, 2).unflatten(1, (-1, 2)).sum(2), self.cell_size)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.kernels is not None and self.rows.longest >= cell_side(self.levels + 1, self.cell_size):
+            self._begin_level(self.rows.lengths)
+        if self.rows.plan is None:
+            self.rows.plan = self._plan(self.rows.lengths[:, None])
+        plan, token = self.rows.plan, _joined(k, v)
+        row = torch.arange(len(q), device=q.device)[:, None]
+        self.slots[row, plan.near] = token
+        if self.kernels is not None:
+            self.blocks[row, plan.block] += token
+            level = torch.arange(self.levels, device=q.device).clamp(max=len(self.kernels) - 1)
+            weights = self.kernels[level, plan.bin] / plan.side
+            before = torch.where(plan.begun, self.slots[row, plan.far], 0)
+            self.slots[row, plan.far] = before + weights.flatten(1, 2) * token
+        keys, values = self.slots.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=plan.bias).to(q.dtype)
+
+    def _plan(self, token: Tensor) -> Plan:
+        """The plan for tokens of the numbers `[B, 1]`."""
+        size, rank, device, dtype = self.cell_size, self.rank, token.device, self.slots.dtype
+        near, level = 2 * size, torch.arange(self.levels, device=device)
         held = token - (token - torch.arange(near, device=device)) % near
         seen = held >= (token // size - 1).clamp(min=0) * size
 
@@ -263,37 +211,33 @@ class Planner:
         first = (cell // 2 * 2 - 2)[..., None]  # of the children of the parent's left neighbour
         held = first + (torch.arange(4, device=device) - first) % 4
         attended = (first >= 0) & (held <= cell[..., None] - 2)
-        count = (side.to(dtype) / rank).log() if self.count_bias else torch.zeros_like(side, dtype=dtype)
-        bias = count[:, None].expand_as(attended)
-        bias = F.pad(bias.flatten(1).repeat_interleave(rank, 1), (near, 0))
+        count = (side.to(dtype) / rank).log() if self.layer.count_bias else torch.zeros_like(side, dtype=dtype)
         seen = torch.cat((seen, attended.flatten(1).repeat_interleave(rank, 1)), 1)
-
-        slot = 3 * size + (4 * level + cell % 4)[..., None] * rank + torch.arange(rank, device=device)
+        bias = F.pad(count.repeat_interleave(4 * rank), (near, 0)).expand_as(seen).masked_fill(~seen, -torch.inf)
+        slot = near + (4 * level + cell % 4)[..., None] * rank + torch.arange(rank, device=device)
         return Plan(
-            near=token % near + (size if self.far else 0),
-            block=token >> len(level),
+            near=token % near,
+            block=token >> self.levels,
             far=slot.flatten(1),
-            begun=(offset > 0).repeat_interleave(rank, 1)[:, None, :, None],
-            level=level,
+            begun=(offset > 0).repeat_interleave(rank, 1)[..., None, None, None],
             bin=offset >> level,
-            density=(1 / side.to(dtype))[:, None, None, None, None],
-            bias=bias.masked_fill(~seen, -torch.inf)[:, None, None],
+            side=side[:, None, None, None, None],
+            bias=bias[:, None, None],
         )
 
 
+def _joined(k: Tensor, v: Tensor) -> Tensor:
+    """`[B, N, 2, heads, head_dim]` in float32 or wider, from two of `[B, heads, N, head_dim]`."""
+    return torch.stack((k, v), 1).movedim(3, 1).to(torch.promote_types(k.dtype, torch.float32))
+
+
 def _latest(x: Tensor, last: Tensor, slots: int) -> Tensor:
-    """The last ones of `[2, B, heads, N, C]` up to `last` `[B]`, number `i` in slot `i mod slots`."""
+    """The last ones of `[B, N, ...]` up to number `last` `[B]`, number `i` in slot `i mod slots`."""
     slot = torch.arange(slots, device=x.device)
-    index = last[:, None] - (last[:, None] - slot) % slots
-    index = index.clamp(0, x.shape[3] - 1)[:, None, :, None]
-    return x.gather(3, index.expand(2, -1, x.shape[2], -1, x.shape[4]))
+    number = last[:, None] - (last[:, None] - slot) % slots
+    return x[torch.arange(len(x), device=x.device)[:, None], number.clamp(0, x.shape[1] - 1)]
 
 
 def _whole(x: Tensor, size: int) -> Tensor:
-    """`[2, B, heads, N, C]`, N filled up with zeros to a multiple of `size`."""
-    return F.pad(x, (0, 0, 0, -x.shape[3] % size))
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """`[2, B, heads, N, C]`, summed in pairs along N."""
-    return _whole(x, 2).unflatten(3, (-1, 2)).sum(4)
+    """`[B, N, 2, heads, head_dim]`, N filled up with zeros to a multiple of `size`."""
+    return F.pad(x, (0, 0, 0, 0, 0, 0, 0, -x.shape[1] % size))

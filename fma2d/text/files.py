@@ -13,19 +13,12 @@ CLASSES = {cls.__name__: cls for cls in (CausalLM, MaskedLM, SequenceClassifier)
 
 
 def save_model(path: str | os.PathLike, model: TextModel, **note) -> str:
-    """Write a model to a safetensors file, whole or not at all.
+    """Write a model to a file that ends in `.safetensors`, whole or not at all; gives its sha256.
 
-    Args:
-        path: ends in `.safetensors`.
-        model: one of the text models, not wrapped.
-        note: what else a reader should know, as JSON can hold it, such as `tokens="bytes"`: what the ids stand for.
-
-    Returns:
-        The file's sha256.
+    `note` is what else a reader should know, as JSON can hold it, such as `tokens="bytes"`: what the ids stand for.
 
     Raises:
-        TypeError: for another model.
-        ValueError: if `path` has another suffix.
+        TypeError, ValueError: for what is not one of the text models, or another suffix.
     """
     if CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(f"model must be one of {', '.join(CLASSES)}, got {type(model).__name__}")
@@ -52,10 +45,9 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> T
         model = CLASSES[name](**json.loads(metadata["options"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: this version of fma2d has no such {name}: {error}") from error
-    own = {key: value.shape for key, value in model.state_dict().items()}
-    if own != {key: value.shape for key, value in state.items()}:
-        wrong = sorted(key for key in own.keys() | state.keys() if key not in state or own.get(key) != state[key].shape)
-        raise ValueError(f"{path} does not hold the weights of its {name}: see {', '.join(wrong[:3])}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} lacks weights of its {name}: {' '.join(str(error).split())}") from None
     model.note = json.loads(metadata["note"])
     return model.eval().to(device)

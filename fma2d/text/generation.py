@@ -1,51 +1,55 @@
-"""Drawing tokens one by one, with each layer's cache."""
+"""Drawing tokens one by one, with a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from .model import CausalLM
+from torch import Tensor, nn
 
 
-@torch.no_grad()
 def decode(
-    model: CausalLM,
+    model: nn.Module,
     prompt: Tensor,
     mask: Tensor | None,
     max_new_tokens: int,
     draw: Callable[[Tensor], Tensor],
     eos: int | None,
 ) -> Iterator[Tensor]:
-    """Give new ids `[B]`, drawn from logits `[B, vocab_size]`; `mask` `[B, N]` tells which ids are the prompt."""
-    training = model.training
-    model.eval()
-    try:
-        cache = model.new_cache()
-        features = model.features(prompt, mask, cache)
-        if mask is None:
-            last = features[:, -1]
-        else:
-            last = features[torch.arange(len(prompt), device=prompt.device), mask.sum(1) - 1]
-        done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-        for left in range(max_new_tokens - 1, -1, -1):
+    """Give new ids `[B]` of a `CausalLM`, drawn from logits `[B, vocab_size]`; of prompts those that `mask` tells.
+
+    Nothing of the model is changed, so others may use it between two draws.
+    """
+    cache = model.new_cache()
+    features = model.features(prompt, mask, cache)
+    ends = -1 if mask is None else mask.sum(1) - 1
+    last = features[torch.arange(len(prompt), device=prompt.device), ends]
+    done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    for left in range(max_new_tokens - 1, -1, -1):
+        with torch.no_grad():
             ids = draw(model.logits(last))
-            if eos is not None:
-                ids = ids.masked_fill(done, eos)
-                done = done | (ids == eos)
-            yield ids
-            if not left or (eos is not None and done.all()):
-                return
-            last = model.features(ids[:, None], cache=cache)[:, 0]
-    finally:
-        model.train(training)
+        if eos is not None:
+            ids = ids.masked_fill(done, eos)
+            done = done | (ids == eos)
+        yield ids
+        if not left or (eos is not None and done.all()):
+            return
+        last = model.features(ids[:, None], cache=cache)[:, 0]
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def prompt_mask(prompt: Tensor, lengths: Tensor) -> Tensor:
+    """The mask `[B, N]` of prompts of the given lengths `[B]`; ValueError for lengths that do not fit."""
+    lengths = torch.as_tensor(lengths, device=prompt.device)
+    if lengths.shape != prompt.shape[:1] or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be an integer for each of the {len(prompt)} rows, got {lengths.tolist()}")
+    if lengths.min() < 1 or lengths.max() > prompt.shape[1]:
+        raise ValueError(f"lengths must be 1 to {prompt.shape[1]}, got {lengths.tolist()}")
+    return torch.arange(prompt.shape[1], device=prompt.device) < lengths[:, None]
+
+
+def check_sampling(
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, generator: object = None
+) -> None:
     """Raise ValueError for options that `sample` cannot take."""
     if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number of at least 0 (0: the likeliest token), got {temperature!r}")
@@ -62,14 +66,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw an id a row from logits `[B, vocab_size]`: `[B]`.
-
-    Args:
-        temperature: what logits are divided by; 0 takes the likeliest.
-        top_k: keep the `k` likeliest.
-        top_p: of those, keep the likeliest that together reach this probability, one at least.
-        generator: of the random numbers, on the device of the logits.
-    """
+    """Draw an id a row from logits `[B, vocab_size]`: `[B]`. The options are those of `CausalLM.stream`."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() - logits.amax(-1, keepdim=True)  # so that none becomes infinite

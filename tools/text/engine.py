@@ -10,9 +10,7 @@ from torch.nn import functional as F
 from ..training.data import read
 from ..training.engine import Processes, Training, autocast
 from .batches import IGNORED
-
-# Scores are also given by the place of a token in its window: up to these shares of the context.
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+from .recipe import TextRecipe
 
 
 class TextTraining(Training):
@@ -27,52 +25,33 @@ class TextTraining(Training):
 
 
 @torch.no_grad()
-def evaluate_language(model: nn.Module, windows, context: int, processes: Processes, amp: str | None = None) -> dict:
-    """Scores of a language model on `EvalWindows`, over all processes.
+def evaluate(model: nn.Module, batches, recipe: TextRecipe, processes: Processes) -> dict:
+    """Scores of a model on held-out batches, over all processes.
 
     Returns:
-        `loss` (nats a token), `bits` (a token; of bytes, bits per character), `bits_second_half` (of the tokens in the
-        second half of their window), `bits_by_place` (in the parts of the window that end at `SHARES`), `perplexity`,
-        `tokens` predicted. None where no token was.
+        `loss` (nats a token or text) and `count` of tokens or texts predicted. Of a classifier `accuracy` (percent). Of
+        a language model `bits` (a token; of bytes, bits per character), `perplexity`, and `bits_by_place`: of the
+        tokens at the places `0-63`, `64-127`, `128-255` and so on of their window.
     """
     model.eval()
-    sums = torch.zeros(2, context, dtype=torch.float64)
-    for ids, targets in read(windows, processes.device):
-        with autocast(processes.device, amp):
-            logits = model(ids)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        losses = losses.view(targets.shape).sum(0, dtype=torch.float64)
-        sums[:, : ids.shape[1]] += torch.stack([losses, (targets != IGNORED).sum(0)]).cpu()
-    total, count = torch.tensor(processes.sum(sums.flatten().tolist())).view(2, context)
-
-    def bits(start: int, stop: int) -> float | None:
-        tokens = count[start:stop].sum().item()
-        return total[start:stop].sum().item() / tokens / log(2) if tokens else None
-
-    ends = [0, *(round(share * context) for share in SHARES)]
-    loss = bits(0, context) * log(2)
-    return dict(
-        loss=loss,
-        bits=bits(0, context),
-        bits_second_half=bits(context // 2, context),
-        bits_by_place=[bits(start, stop) for start, stop in pairwise(ends)],
-        perplexity=exp(loss),
-        tokens=round(count.sum().item()),
-    )
-
-
-@torch.no_grad()
-def evaluate_classes(model: nn.Module, texts, processes: Processes, amp: str | None = None) -> dict:
-    """`loss` (nats a text) and `accuracy` (percent) on `Texts`, over all processes."""
-    model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for ids, labels, key_mask in read(texts, processes.device):
-        with autocast(processes.device, amp):
-            logits = model(ids, key_mask)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        hits = (logits.argmax(1) == labels).sum()
-        sums += torch.stack([loss, hits, torch.tensor(len(labels))]).double().cpu()
-    loss, hits, count = processes.sum(sums.tolist())
-    return dict(loss=loss / count, accuracy=100 * hits / count, texts=round(count))
+    context = 1 if recipe.task == "classify" else recipe.context
+    sums = torch.zeros(3, context, dtype=torch.float64)  # loss, count, hits
+    for ids, targets, *key_mask in read(batches, processes.device):
+        with autocast(processes.device, recipe.amp):
+            logits = model(ids, *key_mask).flatten(0, -2).float()
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+        found = torch.stack([loss, targets.flatten() != IGNORED, logits.argmax(-1) == targets.flatten()])
+        found = found.unflatten(1, (len(targets), -1)).sum(1, dtype=torch.float64)
+        sums[:, : found.shape[1]] += found.cpu()
+    loss, count, hits = torch.tensor(processes.sum(sums.flatten().tolist())).view(3, context)
+    total = dict(loss=(loss.sum() / count.sum()).item(), count=round(count.sum().item()))
+    if recipe.task == "classify":
+        return total | dict(accuracy=100 * hits.sum().item() / total["count"])
+    ends = [0, *(64 << i for i in range(context.bit_length()) if 64 << i < context), context]
+    by_place = {
+        f"{start}-{end - 1}": loss[start:end].sum().item() / count[start:end].sum().item() / log(2)
+        for start, end in pairwise(ends)
+        if count[start:end].sum()
+    }
+    bits = total["loss"] / log(2)
+    return total | dict(bits=bits, perplexity=exp(total["loss"]), bits_by_place=by_place)

@@ -1,33 +1,27 @@
 """The folder of a run on text."""
 
-import json
 from pathlib import Path
 
 from fma2d.text import save_model
 
 from ..ending import InputError
-from ..training.checkpoints import write_text, writing
+from ..training.checkpoints import writing
 from ..training.engine import Training
 from ..training.folder import RunFolder
 from ..training.recipe import to_yaml
-from .corpus import Corpus, Labelled
+from .corpus import Corpus
 from .recipe import TextRecipe
 
-SCORES = ("val_loss", "bits", "bits_second_half", "perplexity", "accuracy")
+SCORES = ("val_loss", "bits", "perplexity", "accuracy")
 RESULT = "result.json"
 
 
 class TextFolder(RunFolder):
-    """`recipe.yaml`, `log.csv`, `tensorboard/`, `last.safetensors`, `best.safetensors`, `state.pt` and `result.json`.
-
-    Args:
-        path: of the folder.
-        recipe, corpus: of the run.
-    """
+    """What `RunFolder` has, and `result.json`."""
 
     columns = ("epoch", "updates", "lr", "train_loss", "per_second", "seconds", "processor_seconds", *SCORES)
 
-    def __init__(self, path: Path, recipe: TextRecipe, corpus: Corpus | Labelled):
+    def __init__(self, path: Path, recipe: TextRecipe, corpus: Corpus):
         super().__init__(path, recipe, images=None)
         self.corpus = corpus
 
@@ -47,13 +41,7 @@ class TextFolder(RunFolder):
 
     def save(self, training: Training, path: Path, row: dict, data_config: dict | None) -> None:
         note = dict(tokens="ids" if self.recipe.source == "tokens" else "bytes", task=self.recipe.task)
-        note |= dict(recipe=to_yaml(self.recipe), data=str(self.corpus))
+        note |= dict(recipe=to_yaml(self.recipe), data=str(self.corpus), classes=self.corpus.classes)
         note |= dict(metrics={key: row[key] for key in ("epoch", "train_loss", *SCORES) if key in row})
-        if self.recipe.task == "classify":
-            note["classes"] = self.corpus.classes
         with writing(path):
             save_model(path, training.weights, **note)
-
-    def write_result(self, result: dict) -> None:
-        """The scores on the test split, for programs."""
-        write_text(self.path / RESULT, json.dumps(result, indent=1) + "\n")

@@ -12,11 +12,7 @@ from ..ending import InputError
 from ..training.recipe import CommonRecipe
 
 BYTES = 256
-LONG_RANGE = ("fma", "fma-linear", "mean")
-MODEL_KEYS = (
-    *("attention", "cell_size", "rank", "context", "mlp_ratio", "dropout", "position", "conv_reach", "count_bias"),
-    "share_heads",
-)
+MODEL_KEYS = ("attention", "cell_size", "rank", "context", "mlp_ratio", "dropout", "count_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +20,18 @@ class TextRecipe(CommonRecipe):
     """The hyper-parameters of a training on text."""
 
     CHOICES: ClassVar[dict] = CommonRecipe.CHOICES | dict(
-        task=("causal", "masked", "classify"),
-        source=("embedded", "bytes", "tokens", "csv"),
-        token_dtype=("uint16", "uint32"),
+        task=("causal", "masked", "classify"), source=("embedded", "bytes", "tokens", "csv")
     )
     AT_LEAST: ClassVar[dict] = CommonRecipe.AT_LEAST | dict(vocab_size=1, updates_per_epoch=1, eval_windows=1)
 
     task: Annotated[str, "causal or masked language model, or classify"] = "causal"
     source: Annotated[
         str,
-        "embedded (the text found inside the Python installation), bytes (a file as it is), tokens (numbers of a "
+        "embedded (the text found inside the Python installation), bytes (text as it is), tokens (numbers of a "
         "tokenizer), csv (with columns text and label)",
     ] = "bytes"
     vocab_size: Annotated[int | None, "for source: tokens, how many there are; the ids are below it"] = None
-    token_dtype: Annotated[str, "of the numbers in .bin files: uint16 or uint32 (.npy files say it themselves)"] = (
-        "uint16"
-    )
     context: Annotated[int, "tokens of a window; longer texts to classify are cut"] = 1024
-    mask_rate: Annotated[float, "for task: masked, the share of tokens to predict"] = 0.15
 
     attention: Annotated[str, "fma, fma-linear (not causal), mean (fixed averaging), full, or local (near field)"] = (
         "fma"
@@ -53,17 +43,12 @@ class TextRecipe(CommonRecipe):
     rank: Annotated[int, "summary tokens of a coarse cell, a divisor of the cell size"] = 4
     mlp_ratio: Annotated[float, "channels inside the MLP, in dims"] = 4.0
     dropout: Annotated[float, "dropout"] = 0.0
-    position: Annotated[str, "sinusoidal or rotary"] = "sinusoidal"
-    conv_reach: Annotated[int, "tokens that a convolution of the embeddings reaches back (0: none)"] = 0
     count_bias: Annotated[bool, "whether a summary token counts for as many as it stands for"] = True
-    share_heads: Annotated[bool, "one set of aggregation kernels for all heads"] = True
 
     updates_per_epoch: Annotated[
         int | None, "updates from one row of the log, validation and checkpoint to the next (null: a pass of the data)"
     ] = None
-    eval_windows: Annotated[
-        int | None, "windows of a validation, evenly spread; the one at the end is of all (null: always all)"
-    ] = None
+    eval_windows: Annotated[int | None, "windows of a validation, and of the test, evenly spread (null: all)"] = None
 
     def check(self, where: str) -> None:
         super().check(where)
@@ -73,29 +58,18 @@ class TextRecipe(CommonRecipe):
             raise InputError(f"{where}: task classify takes whole passes, without updates_per_epoch and eval_windows")
         if (self.source == "tokens") != (self.vocab_size is not None):
             raise InputError(f"{where}: vocab_size is needed for source tokens, and for nothing else")
-        if not 0 < self.mask_rate < 1:
-            raise InputError(f"{where}: mask_rate must be between 0 and 1, got {self.mask_rate}")
         # The model has checks of its own: it is made here without weights, before texts are read for it.
         with torch.device("meta"):
             text_model(self, num_classes=2)
 
     @property
     def ids(self) -> int:
-        """How many ids the texts have."""
+        """How many ids the texts have; a masked model has one more, which stands for a token to be predicted."""
         return self.vocab_size or BYTES
-
-    @property
-    def mask_id(self) -> int:
-        """What stands for a token to be predicted; no text has it."""
-        return self.ids
 
 
 def text_model(recipe: TextRecipe, num_classes: int = 0) -> nn.Module:
-    """The recipe's model; `num_classes` for task classify.
-
-    Raises:
-        InputError: for settings that do not go together.
-    """
+    """The recipe's model, `num_classes` for task classify; InputError for settings that do not go together."""
     options = {key: getattr(recipe, key) for key in MODEL_KEYS}
     sizes = (recipe.dim, recipe.depth, recipe.num_heads)
     try:

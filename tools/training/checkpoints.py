@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with writing(path):
-        write_whole(path, lambda temporary: temporary.write_text(text))
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def remove_unfinished(folder: Path) -> None:

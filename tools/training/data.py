@@ -6,8 +6,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -85,13 +86,20 @@ def _some(names: list[str]) -> str:
 
 
 def open_image(path: str, channels: int) -> Image.Image:
-    """The decoded image.
+    """The decoded image, of 8 bits a channel, turned as its EXIF tag says; of 16 bits the upper 8 are taken.
 
     Raises:
-        InputError: that names the file, if it cannot be decoded to its end.
+        InputError: that names the file, if it cannot be decoded to its end, or holds values of 32 bits.
     """
     try:
-        with Image.open(path) as image:
+        # By an open file: Pillow would map one that is named, and garbles TIFFs that lie on their side then.
+        with open(path, "rb") as file, Image.open(file) as image:
+            wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            if image.mode in ("I", "F") and not wide:
+                raise ValueError("values of 32 bits have no range of their own; write it with 8 or 16 bits a channel")
+            image = ImageOps.exif_transpose(image)
+            if wide:  # which Pillow would cut at 255, not scale
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
             return image.convert(MODES[channels])
     except Exception as error:  # PIL's decoders raise almost anything on broken files
         raise InputError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None

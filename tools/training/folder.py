@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fma2d import __version__
 
-from ..ending import InputError
+from ..ending import InputError, output_folder
 from .checkpoints import load_state, remove_unfinished, save_state, save_weights, write_text
 from .data import Images
 from .engine import Training
@@ -65,10 +65,7 @@ class RunFolder:
 
     def open(self, epochs: int, tensorboard: bool) -> None:
         """Make the folder, clear away what a killed run left unfinished, and begin the log after these epochs."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the output folder {self.path}: {error.strerror}") from None
+        output_folder(self.path)
         remove_unfinished(self.path)
         write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
         self.log = EpochLog(self.path, epochs, tensorboard, self.columns)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
-from ..ending import InputError
+from ..ending import InputError, say_anything, told
 from .engine import Processes, Training
 from .folder import RunFolder
 from .recipe import CommonRecipe, add_recipe_arguments
@@ -58,17 +58,24 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     args = parser.parse_args([dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
     if args.grad_accum < 1:
         parser.error("--grad-accum must be at least 1")
+    if not args.progress >= 0:
+        parser.error("--progress must be at least 0")
     return args
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """The exit status of `run(args)`; 1 if something given cannot be used, said in one line, 130 if interrupted."""
     first = int(os.environ.get("RANK", 0)) == 0
+    say_anything()
     try:
-        return run(args)
-    except InputError as error:
-        if first or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = run(args)
+        sys.stdout.flush()  # here, where an error can still be told
+        return status
+    except Exception as error:
+        if (line := told(error)) is None:
+            raise
+        if first or isinstance(error, RankError | OSError):
+            print(f"error: {line}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         if first:

@@ -7,6 +7,7 @@ share the work and what is printed are options of the program.
 import argparse
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,11 +23,14 @@ from ..ending import InputError
 class CommonRecipe:
     """What every training has: names and meanings are timm's where timm has them.
 
-    Its subclasses add what they train and on what, checks of it (`check`), and to the two tables their own entries.
+    Its subclasses add what they train and on what, checks of it (`check`), and to the tables their own entries.
     """
 
     CHOICES: ClassVar[dict] = dict(clip_mode=("norm", "value", "agc"), amp=(None, "bf16", "fp16"))
-    AT_LEAST: ClassVar[dict] = dict(epochs=1, batch_size=1, eval_every=0, seed=0, warmup_epochs=0)
+    AT_LEAST: ClassVar[dict] = dict(epochs=1, batch_size=1, eval_every=0, seed=0, warmup_epochs=0) | dict.fromkeys(
+        ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad"), 0
+    )
+    SHARES: ClassVar[tuple] = ("layer_decay", "ema_decay")  # from 0 to 1
 
     seed: Annotated[int, "seed of all that is random"] = 0
 
@@ -69,7 +73,14 @@ class Recipe(CommonRecipe):
         train_interpolation=("random", "bilinear", "bicubic"),
         remode=("const", "rand", "pixel"),
     )
-    AT_LEAST: ClassVar[dict] = CommonRecipe.AT_LEAST | dict(num_classes=1, img_size=1)
+    AT_LEAST: ClassVar[dict] = CommonRecipe.AT_LEAST | dict(
+        num_classes=1, img_size=1, mixup=0, cutmix=0, color_jitter=0, recount=1
+    )
+    SHARES: ClassVar[tuple] = (
+        *CommonRecipe.SHARES,
+        *("drop_rate", "drop_path_rate", "smoothing", "mixup_prob", "mixup_switch_prob"),
+        *("hflip", "vflip", "reprob", "crop_pct"),
+    )
 
     model: Annotated[str, "timm name of the model"] = "fma2d_nano"
     attention: Annotated[str, "attention of fma2d_* models: fma, or for comparison dense or mit (MiT's own)"] = "fma"
@@ -107,8 +118,10 @@ class Recipe(CommonRecipe):
         super().check(where)
         for name in ("scale", "ratio"):
             pair = getattr(self, name)
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] < math.inf:
                 raise InputError(f"{where}: {name} must be two positive numbers, the smaller first, got {pair}")
+        if self.crop_pct == 0:
+            raise InputError(f"{where}: crop_pct must be above 0, got 0")
         for name in ("mean", "std"):
             if (value := getattr(self, name)) is not None and len(value) != self.in_chans:
                 raise InputError(f"{where}: {name} needs {self.in_chans} value(s), one a channel, got {value}")
@@ -158,7 +171,7 @@ def read_values(path: Path, kind: type[CommonRecipe] = Recipe, above: tuple[Path
     if path.resolve() in above:
         raise InputError(f"{path} is its own base")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -195,8 +208,12 @@ def _checked(name: str, value, where: str, kind: type[CommonRecipe]):
     if name in kind.CHOICES and value not in kind.CHOICES[name]:
         shown = ", ".join("null" if choice is None else str(choice) for choice in kind.CHOICES[name])
         raise InputError(f"{where}: {name} must be one of {shown}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: {name} must be finite, got {value}")
     if value is not None and name in kind.AT_LEAST and value < kind.AT_LEAST[name]:
         raise InputError(f"{where}: {name} must be at least {kind.AT_LEAST[name]}, got {value}")
+    if value is not None and name in kind.SHARES and not 0 <= value <= 1:
+        raise InputError(f"{where}: {name} must be from 0 to 1, got {value}")
     return value
 
 

@@ -25,6 +25,8 @@ from .windows import Window, windows
 
 # Up to this many cells across, tiles are whole rows of cells: windows would be mostly outside the grid.
 FEW_CELLS = 5
+# Softmaxes are merged in pieces of about this many elements.
+MERGED = 1 << 19
 
 
 class State(NamedTuple):
@@ -36,7 +38,7 @@ class State(NamedTuple):
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: out `[B, heads, *grid, head_dim]` in q's dtype, lse `[B, heads, *grid]` in float32 or wider."""
-    run = _Run(call)
+    run = _Run(call, learn=False)
     value, lse = run.attend_down_to(0)[-1]
     out = value.to(call.q.dtype)
     if call.key_mask is not None:
@@ -48,7 +50,7 @@ def backward(
     call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of (q, k, v) and of the stacks of kernels, zero for levels that the grid does not use."""
-    run = _Run(call)
+    run = _Run(call, learn=True)
     whole = State(run.planes(out.movedim(1, -2)), run.planes(lse.movedim(1, -1)))
     d_whole = State(run.planes(d_out.movedim(1, -2)), None if d_lse is None else run.planes(d_lse.movedim(1, -1)))
     if call.key_mask is not None:
@@ -84,9 +86,10 @@ class _Run:
         tokens: q, k and v, `[B, Z, Y, X, heads, head_dim]`, absent ones zero.
         inputs: by level (0: the tokens) queries, keys and values, likewise.
         aggregations: each with the numbers of the tokens that it aggregates (q 0, k 1, v 2).
+        learn: whether gradients will be asked for.
     """
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, learn: bool):
         options = call.options
         self.call, self.levels, self.parts = call, call.levels, tiling(options.rank, len(call.grid))
         self.dtype = torch.promote_types(call.q.dtype, torch.float32)
@@ -95,7 +98,7 @@ class _Run:
             self.exists = self.planes(call.key_mask[..., None])
             self.tokens = [self.where_exists(x) for x in self.tokens]
         self.inputs = [self.tokens]
-        self.aggregations = list(self._aggregations()) if self.levels else []
+        self.aggregations = list(self._aggregations(learn)) if self.levels else []
         for level in range(1, self.levels + 1):
             lattices = list(self.tokens)
             for aggregation, members in self.aggregations:
@@ -119,7 +122,7 @@ class _Run:
     def where_exists(self, x: Tensor) -> Tensor:
         return torch.where(self.exists if x.dim() == 5 else self.exists[..., None], x, 0)
 
-    def _aggregations(self) -> Iterator[tuple[Aggregation, list[int]]]:
+    def _aggregations(self, learn: bool) -> Iterator[tuple[Aggregation, list[int]]]:
         members = [0, 1, 2] if self.call.linear else [1, 2]
         tokens = [self.grid_of(self.tokens[i]) for i in members]
         # What a fused projection gives lies side by side in memory, and is one tensor with more heads.
@@ -136,7 +139,7 @@ class _Run:
             if len(group) > 1:
                 x = x.as_strided((*x.shape[:-2], len(group) * x.shape[-2], x.shape[-1]), x.stride())
             kinds = [(2, 0, 1)[i] for i in group]
-            yield Aggregation(self.call, x, kinds, self.call.key_mask, self.dtype), group
+            yield Aggregation(self.call, x, kinds, self.dtype, learn), group
 
     def _axes(self, sizes: int | tuple[int, ...]) -> tuple[int, int, int]:
         """Sizes of the grid's axes, 1 for the others."""
@@ -173,19 +176,19 @@ class _Run:
         return states
 
     def _attend(self, level: int, state: State | None) -> State:
-        if state is None or self.call.linear or is_followed():
-            q = self.inputs[level][0]
-            value, lse = q.new_empty(q.shape, dtype=self.dtype), q.new_empty(q.shape[:-1], dtype=self.dtype)
-        else:
-            value, lse = state
+        q = self.inputs[level][0]
+        value, lse = q.new_empty(q.shape, dtype=self.dtype), q.new_empty(q.shape[:-1], dtype=self.dtype)
         for tile in self._tiles(level):
-            out, own_lse = tile.attend()
-            if state is not None:
-                before, lse_before = (self._own(x, level, tile.box) for x in state)
-                total = torch.logaddexp(own_lse, lse_before)
-                out, own_lse = torch.lerp(out, before, (lse_before - total).exp()[..., None]), total
             box = (slice(None), *tile.box)
-            value[box], lse[box] = out, own_lse
+            value[box], lse[box] = tile.attend()
+        if state is not None:
+            for box in self._boxes(value):
+                before, lse_before = (self._own(x, level, box) for x in state)
+                box = (slice(None), *box)
+                own, lse_own = (x[box].clone() if is_followed() else x[box] for x in (value, lse))
+                total = torch.logaddexp(lse_own, lse_before)
+                value[box] = torch.lerp(own, before, (lse_before - total).exp()[..., None])
+                lse[box] = total
         return State(value, lse)
 
     def backward(
@@ -200,22 +203,37 @@ class _Run:
         Returns:
             With a state, its gradients.
         """
+        # Of a query that sees nothing, probabilities are 0.
+        lse = torch.where(whole.lse < ABSENT / 2, -ABSENT, whole.lse)
+        delta = torch.empty_like(lse)
         d_state = None if state is None else State(*map(torch.zeros_like, state))
+        for box in self._boxes(whole.value):
+            own = (slice(None), *box)
+            d_out = d_whole.value[own].to(self.dtype)
+            delta[own] = (whole.value[own] * d_out).sum(-1)
+            if d_whole.lse is not None:
+                delta[own] -= d_whole.lse[own]
+            if state is not None:
+                before, lse_before = (self._own(x, level, box) for x in state)
+                weight = (lse_before - lse[own]).exp()
+                d_lse = weight * ((d_out * before).sum(-1) - delta[own])
+                for total, d in zip(d_state, (weight[..., None] * d_out, d_lse), strict=True):
+                    self._add_own(total, d, level, box)
         for tile in self._tiles(level):
             box = (slice(None), *tile.box)
-            out, d_out, lse = whole.value[box], d_whole.value[box].to(self.dtype), whole.lse[box]
-            lse = torch.where(lse < ABSENT / 2, -ABSENT, lse)  # of a query that sees nothing: probabilities of 0
-            delta = (out * d_out).sum(-1)
-            if d_whole.lse is not None:
-                out, delta = None, delta - d_whole.lse[box]
-            grads[0][box] += tile.backward(lse, delta, d_out, out, *grads[1:])
-            if state is not None:
-                before, lse_before = (self._own(x, level, tile.box) for x in state)
-                weight = (lse_before - lse).exp()
-                d_lse = weight * ((d_out * before).sum(-1) - delta)
-                for total, d in zip(d_state, (weight[..., None] * d_out, d_lse), strict=True):
-                    self._add_own(total, d, level, tile.box)
+            out = whole.value[box] if d_whole.lse is None else None
+            grads[0][box] += tile.backward(lse[box], delta[box], d_whole.value[box], out, *grads[1:])
         return d_state
+
+    def _boxes(self, x: Tensor) -> Iterator[Box]:
+        """Pieces of a level's positions, rows of whole cells and what lies in them."""
+        depth, height, width = x.shape[1:4]
+        cell = max(2, self.call.options.cell_size)
+        step = max(1, MERGED // max(1, cell * x[:, 0, 0].numel())) * cell
+        for z in range(0, depth, cell):
+            for y in range(0, height, step):
+                span = slice(0, width)
+                yield slice(z, min(depth, z + cell)), slice(y, min(height, y + step)), span
 
     def _entry(self, position, axis: int, level: int):
         """Along an axis, where the coarser level's state has the sub-cell of a position of this one."""

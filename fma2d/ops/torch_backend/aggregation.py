@@ -6,11 +6,13 @@ other; larger blocks are summed from smaller ones. Summary tokens lie in a *latt
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
 from math import lcm
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, avg_pool3d, pad
+from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from ...geometry import cell_side, subcell_counts, tiling
 from ...kernels import level_kernels, start_kernels
@@ -24,21 +26,20 @@ PIECE = 1 << 20
 class Aggregation:
     """The lattices of all levels, of one tensor or of several with a common memory, and their gradients.
 
-    Each size of block is a step of plain differentiable code, from its sums to the lattices of the levels that use it
-    and to the sums over larger blocks. It runs in pieces of some rows of cells, without autograd upwards and with it
-    downwards.
+    From its sums, each size of block gives the lattices of the levels that use it and the sums over larger blocks, in
+    pieces of some rows of cells.
 
     Args:
         tokens: `[B, *grid, kinds * heads, head_dim]`, absent ones zero.
         kinds: which of the kernels' kinds each run of heads has.
-        mask: None, or bool `[B, *grid]`.
         dtype: to compute in.
+        learn: whether `down` will be asked for.
     """
 
-    def __init__(self, call: Call, tokens: Tensor, kinds: list[int], mask: Tensor | None, dtype: torch.dtype):
-        self.call, self.kinds, self.dtype = call, kinds, dtype
+    def __init__(self, call: Call, tokens: Tensor, kinds: list[int], dtype: torch.dtype, learn: bool):
+        self.call, self.kinds, self.dtype, self.learn = call, kinds, dtype, learn
         self.grid, self.parts = call.grid, tiling(call.options.rank, len(call.grid))
-        self.mask = None if mask is None else mask[..., None, None]
+        self.mask = None if call.key_mask is None else call.key_mask[..., None, None]
         self.weights = [self._weights(level, call.kernels) for level in range(1, call.levels + 1)]
         self.sizes = [self._side(level) // w.shape[-1] for level, w in enumerate(self.weights, 1)]
         # By size of block: the levels that use it, the larger sizes summed from it, its sums.
@@ -48,10 +49,17 @@ class Aggregation:
             self.larger[max(s for s in self.users if s < size and size % s == 0)].append(size)
         self.sums = {1: tokens}
         self.lattices: dict[int, Tensor] = {}
-        for size in self.users:
-            joined = [x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*self._up(size), strict=True)]
-            self.sums.update(zip(self.larger[size], joined, strict=False))
-            self.lattices.update(zip(self.users[size], joined[len(self.larger[size]) :], strict=True))
+        self._kept: dict[int, list[Tensor]] = {}  # by level, what `_contract` gave where there is one piece
+        for size, larger in self.larger.items():
+            outputs = [[] for _ in larger + self.users[size]]
+            for rows, x in self._pieces(size):
+                pooled = [_pool(x, n // size) for n in larger]
+                lattices = [self._lattice(self._summarise(level, rows, x)) for level in self.users[size]]
+                for into, piece in zip(outputs, pooled + lattices, strict=True):
+                    into.append(piece)
+            joined = [x[0] if len(x) == 1 else torch.cat(x, 1) for x in outputs]
+            self.sums.update(zip(larger, joined, strict=False))
+            self.lattices.update(zip(self.users[size], joined[len(larger) :], strict=True))
 
     def _side(self, level: int) -> int:
         return cell_side(level, self.call.options.cell_size)
@@ -66,10 +74,6 @@ class Aggregation:
         kernels = kernels[self.kinds].to(self.dtype)
         return kernels.expand(-1, -1, -1, self.call.q.shape[1], -1, -1).movedim(0, 2).flatten(2, 3)
 
-    def _up(self, size: int) -> Iterator[list[Tensor]]:
-        for rows, x in self._pieces(size):
-            yield self._step(size, rows, x, self.weights)
-
     def _pieces(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Runs of rows of a size's block sums: whole cells of all that is made of them."""
         sums = self.sums[size]
@@ -80,49 +84,51 @@ class Aggregation:
             rows = slice(start, min(sums.shape[1], start + step))
             yield rows, sums[:, rows].to(self.dtype)
 
-    def _step(self, size: int, rows: slice, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-        """Sums over the larger blocks, then the lattices, of a piece."""
-        outputs = [_pool(x, larger // size) for larger in self.larger[size]]
-        for level in self.users[size]:
-            summary = _contract(x, weights[level - 1] / self._side(level))
-            mask = None if self.mask is None else self.mask[:, rows.start * size : rows.stop * size].to(self.dtype)
-            last = rows.stop * size >= self.grid[0]
-            outputs.append(self._lattice(self._complete(summary, level, weights[level - 1].abs(), mask, last)))
-        return outputs
+    def _summarise(self, level: int, rows: slice, x: Tensor) -> Tensor:
+        """Summary tokens of a piece, `[rank, B, *cells, heads, head_dim]`."""
+        weights = self.weights[level - 1]
+        sums = _contract(x, weights / self._side(level))
+        if self.learn and rows.stop - rows.start == self.sums[self.sizes[level - 1]].shape[1]:
+            self._kept[level] = sums
+        return self._complete(sums[-1], level, weights, rows) if self._is_cut(level, rows) else sums[-1]
 
-    def _complete(self, summary: Tensor, level: int, weight: Tensor, mask: Tensor | None, last: bool) -> Tensor:
+    def _is_cut(self, level: int, rows: slice) -> bool:
+        """Whether cells of a piece may lack tokens."""
+        side = self._side(level)
+        cut = [extent % side > 0 for extent in self.grid]
+        return self.mask is not None or any(cut[1:]) or (cut[0] and self._is_last(level, rows))
+
+    def _is_last(self, level: int, rows: slice) -> bool:
+        return rows.stop * self.sizes[level - 1] >= self.grid[0]
+
+    def _complete(self, summary: Tensor, level: int, weights: Tensor, rows: slice) -> Tensor:
         """Scale up what cells with absent tokens give, `[rank, B, *cells, heads, head_dim]`.
 
         What a summary token without tokens of its own gives is 0, whatever its kernel holds.
-
-        Args:
-            weight: the kernels' absolute values.
-            last: whether the grid ends with this piece.
         """
-        ndim, side = len(self.grid), self._side(level)
-        block = side // weight.shape[-1]
-        if mask is None:
+        ndim, side, size = len(self.grid), self._side(level), self.sizes[level - 1]
+        weight = weights.abs()
+        if self.mask is None:
             # It separates by axis: only the last cell of an axis may be cut.
-            index = torch.cartesian_prod(*[torch.arange(p) for p in self.parts]).reshape(-1, ndim)
-            for axis, (extent, p) in enumerate(zip(self.grid, self.parts, strict=True)):
-                if extent % side == 0 or (axis == 0 and not last):
+            for axis, extent in enumerate(self.grid):
+                if extent % side == 0 or (axis == 0 and not self._is_last(level, rows)):
                     continue
-                start = torch.arange(0, side, block, device=weight.device)
-                left = (weight[axis] * (extent % side - start).clamp(0, block)).sum(-1)
-                counts = torch.tensor(subcell_counts(extent, side, p)[-p:])[index[:, axis]].to(weight.device)
-                ratio = _ratio(weight[axis].sum(-1) * block, left, (left > 0) & (counts > 0)[:, None, None])
+                counts, present = _cut_cell(extent, side, size, self.parts, axis, self.dtype, weight.device)
+                left = (weight[axis] * counts).sum(-1)
+                ratio = _ratio(weight[axis].sum(-1) * size, left, (left > 0) & present)
                 ratio = ratio.reshape(len(ratio), *(1,) * (1 + ndim), *ratio.shape[1:])
                 cells = summary.shape[2 + axis]
                 whole, cut = summary.split([cells - 1, 1], 2 + axis)
                 summary = torch.cat((whole, cut * ratio), 2 + axis)
             return summary
-        left = _contract(_pool(mask, block), weight / side)
-        whole = weight.sum(-1).prod(0) * (block / side) ** ndim
+        mask = self.mask[:, rows.start * size : rows.stop * size].to(self.dtype)
+        left = _contract(_pool(mask, size), weight / side)[-1]
+        whole = weight.sum(-1).prod(0) * (size / side) ** ndim
         whole = whole.reshape(len(whole), *(1,) * (1 + ndim), *whole.shape[1:])
         sizes = (level, self.call.options.cell_size, self.call.options.rank, ndim, 1, 1)
         own = start_kernels(*sizes, bins=side, dtype=self.dtype, device=mask.device)[0]
-        present = (left > 0) & (_contract(mask, own) > 0)
-        full = _contract(mask, torch.ones_like(own[:, :1])) == side**ndim
+        present = (left > 0) & (_contract(mask, own)[-1] > 0)
+        full = _contract(mask, torch.ones_like(own[:, :1]))[-1] == side**ndim
         # The sum is divided first, so that a small rest of the weight makes no inf.
         return torch.where(full, summary, _ratio(summary, left, present) * whole)
 
@@ -135,6 +141,13 @@ class Aggregation:
             summary = summary.flatten(axis, axis + 1)
         return summary
 
+    def _cells(self, lattice: Tensor) -> Tensor:
+        """The way back of `_lattice`."""
+        ndim = len(self.grid)
+        for axis, p in enumerate(self.parts):
+            lattice = lattice.unflatten(1 + 2 * axis, (-1, p))
+        return lattice.permute(*range(2, 2 + 2 * ndim, 2), 0, *range(1, 1 + 2 * ndim, 2), -2, -1).flatten(0, ndim - 1)
+
     def down(self, d_lattices: dict[int, Tensor], d_tokens: list[Tensor]) -> list[Tensor]:
         """Add the gradients of the lattices to those of the tokens; return those of the stacks of kernels.
 
@@ -142,55 +155,115 @@ class Aggregation:
             d_lattices: by level, like `lattices`.
             d_tokens: of each kind, `[B, *grid, heads, head_dim]`.
         """
-        weights = [w.detach().requires_grad_(bool(self.call.kernels)) for w in self.weights]
-        d_weights = [torch.zeros_like(w) for w in weights]
-        d_sums: dict[int, list[Tensor]] = {1: d_tokens}
+        d_weights = [torch.zeros_like(w) for w in self.weights]
+        d_sums = {size: [torch.zeros_like(self.sums[size])] for size in self.users if size > 1} | {1: d_tokens}
         for size in reversed(self.users):
-            if size > 1:
-                d_sums[size] = [torch.zeros_like(self.sums[size])]
-            users, larger = self.users[size], self.larger[size]
-            learned = [weights[level - 1] for level in users if self.call.kernels]
-            for rows, x in self._pieces(size) if users or larger else ():
-                with followed():
-                    x = x.detach().requires_grad_()
-                    outputs = self._step(size, rows, x, weights)
-                    d_outputs = [d_sums[n][0][:, rows.start * size // n : -(-rows.stop * size // n)] for n in larger]
-                    for level, output in zip(users, outputs[len(larger) :], strict=True):
-                        start = rows.start * size // self._side(level) * self.parts[0]
-                        d_outputs.append(d_lattices[level][:, start : start + output.shape[1]])
-                    d_x, *d_learned = torch.autograd.grad(outputs, [x, *learned], d_outputs)
-                for level, d in zip(users, d_learned, strict=False):
-                    d_weights[level - 1] += d
-                for into, d in zip(d_sums[size], d_x.split(d_x.shape[-2] // len(d_sums[size]), -2), strict=True):
-                    into[:, rows] += d
+            larger, users = self.larger[size], self.users[size]
+            for rows, x in self._pieces(size) if larger or users else ():
+                into = [d[:, rows] for d in d_sums[size]]
+                for n in larger:
+                    d_larger = d_sums[n][0][:, rows.start * size // n : -(-rows.stop * size // n)]
+                    _spread(d_larger, n // size, into)
+                for level in users:
+                    step = self._side(level) // size
+                    cells = slice(rows.start // step * self.parts[0], -(-rows.stop // step) * self.parts[0])
+                    d = self._summarise_backward(level, rows, x, d_lattices[level][:, cells], d_weights[level - 1])
+                    for to, piece in zip(into, d.chunk(len(into), -2), strict=True):
+                        to += piece
         if not self.call.kernels:
             return []
         with followed():
             stacks = [stack.detach().requires_grad_() for stack in self.call.kernels]
-            used = [self._weights(level, stacks) for level in range(1, len(weights) + 1)]
+            used = [self._weights(level, stacks) for level in range(1, len(d_weights) + 1)]
             return list(torch.autograd.grad(used, stacks, d_weights, allow_unused=True, materialize_grads=True))
 
+    def _summarise_backward(self, level: int, rows: slice, x: Tensor, d_lattice: Tensor, d_weights: Tensor) -> Tensor:
+        """The gradient of a piece's block sums; that of the weights is added to `d_weights`."""
+        weights, side, d = self.weights[level - 1], self._side(level), self._cells(d_lattice)
+        sums = self._kept.pop(level, None) or _contract(x, weights / side)
+        if self._is_cut(level, rows):
+            with followed():
+                leaves = [t.detach().requires_grad_() for t in (sums[-1], weights)]
+                completed = self._complete(leaves[0], level, leaves[1], rows)
+                d, d_own = torch.autograd.grad(completed, leaves, d, materialize_grads=True)
+            d_weights += d_own
+        for axis in reversed(range(len(self.grid))):
+            d_own = d_weights[axis] if self.call.kernels else None
+            d = _contract_axis_backward(sums[axis], weights[axis] / side, axis, d, d_own, side)
+        return d
 
-def _contract(x: Tensor, weights: Tensor) -> Tensor:
-    """Sum the blocks of each cell by weight: `[B, *blocks, heads, head_dim]` to `[rank, B, *cells, heads, head_dim]`.
+
+def _contract(x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Sum the blocks of each cell by weight, one axis after the other.
 
     Args:
+        x: `[B, *blocks, heads, head_dim]`.
         weights: `[axes, rank, heads | 1, head_dim | 1, bins]`, bins blocks a cell; blocks that lack are 0.
+
+    Returns:
+        x, the sums along the first axis, and so on; at last `[rank, B, *cells, heads, head_dim]`.
     """
-    ndim, bins = len(weights), weights.shape[-1]
-    for axis in range(ndim):
-        dim = 1 + axis + (axis > 0)
-        if missing := -x.shape[dim] % bins:
-            x = pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
-        shape = (weights.shape[1], *(1,) * (1 + ndim), *weights.shape[2:4])
-        # Unbound, not indexed: the gradient of that is one tensor, not one of the whole size a bin.
-        terms = zip(x.unflatten(dim, (-1, bins)).unbind(dim + 1), weights[axis].unbind(-1), strict=True)
+    sums = [x]
+    for axis, weight in enumerate(weights):
         total = None
-        for block, weight in terms:
-            weight = weight.reshape(shape)
-            total = block * weight if total is None else total.addcmul_(block, weight)
-        x = total
-    return x
+        for block, bin_weight, cells in _bins(sums[-1], weight, axis):
+            if total is None:
+                total = block * bin_weight
+            else:
+                total[cells].addcmul_(block, bin_weight)
+        sums.append(total)
+    return sums
+
+
+def _contract_axis_backward(x: Tensor, weight: Tensor, axis: int, d: Tensor, d_weight: Tensor | None, side: int):
+    """The gradient of x in one step of `_contract`; that of the kernels, `side` times the weight, is added."""
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    d_bins = None if d_weight is None else d_weight.unbind(-1)
+    for i, (block, bin_weight, cells) in enumerate(_bins(x, weight, axis)):
+        into = d_x[(slice(None),) * (axis + (axis > 0) + 1) + (slice(i, None, weight.shape[-1]),)]
+        if axis == 0:
+            torch.sum(d[cells] * bin_weight, 0, out=into)
+        else:
+            torch.mul(d[cells], bin_weight, out=into)
+        if d_bins is not None:
+            d_own = (d[cells] * block).flatten(1, -3).sum(1).sum_to_size(d_bins[i].shape)
+            d_bins[i].add_(d_own, alpha=1 / side)
+    return d_x
+
+
+def _bins(x: Tensor, weight: Tensor, axis: int) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+    """Each bin's block of every cell of an axis that has one, its weight, and the index of these cells.
+
+    x is `[B, *blocks, heads, head_dim]`, with the rank in front from the second axis on.
+    """
+    bins, before = weight.shape[-1], (slice(None),) * (1 + axis + (axis > 0))
+    ndim = x.dim() - 3 - (axis > 0)
+    weights = weight.movedim(-1, 0).reshape(bins, len(weight), *(1,) * (1 + ndim), *weight.shape[1:3])
+    cells, extent = -(-x.shape[len(before)] // bins), x.shape[len(before)]
+    for i, bin_weight in enumerate(weights.unbind(0)[:extent]):
+        count = -(-(extent - i) // bins)
+        index = ... if count == cells else (slice(None), *before[axis > 0 :], slice(count))
+        yield x[(*before, slice(i, None, bins))], bin_weight, index
+
+
+def _spread(d: Tensor, size: int, into: list[Tensor]) -> None:
+    """The gradient of `_pool`: add d to every position of its block; `into` has d's heads in several tensors."""
+    for axis in range(1, d.dim() - 2):
+        d = d.repeat_interleave(size, axis)[(slice(None),) * axis + (slice(into[0].shape[axis]),)]
+    for to, piece in zip(into, d.chunk(len(into), -2), strict=True):
+        to += piece
+
+
+@lru_cache
+def _cut_cell(
+    extent: int, side: int, size: int, parts: tuple[int, ...], axis: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Of the cut cell at the end of an axis: the tokens of each block `[bins]`, and which summary tokens have any."""
+    start = torch.arange(0, side, size, device=device)
+    p = parts[axis]
+    counts = subcell_counts(extent, side, p)[-p:]
+    present = [counts[index[axis]] > 0 for index in product(*map(range, parts))]
+    return (extent % side - start).clamp(0, size).to(dtype), torch.tensor(present, device=device)[:, None, None]
 
 
 def _pool(x: Tensor, size: int) -> Tensor:
@@ -203,7 +276,9 @@ def _pool(x: Tensor, size: int) -> Tensor:
     elif x.dim() == 5:
         sums = avg_pool2d(channels, [min(size, n) for n in x.shape[1:3]], ceil_mode=True, divisor_override=1)
     else:
-        sums = avg_pool2d(channels.unsqueeze(2), (1, min(size, x.shape[1])), ceil_mode=True, divisor_override=1)[:, :, 0]
+        sums = avg_pool2d(channels.unsqueeze(2), (1, min(size, x.shape[1])), ceil_mode=True, divisor_override=1)[
+            :, :, 0
+        ]
     return sums.movedim(1, -1).unflatten(-1, x.shape[-2:])
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .cells import PAIRS, Box, Relation, attend, attend_backward, is_followed
 
-# Fewer queries a tile than this are not worth a call.
-LEAST_QUERIES = 128
+# Fewer queries a tile than this are not worth a call; torch's kernel takes larger blocks from here on.
+LEAST_QUERIES = 192
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -19,8 +19,16 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Row:
     """A tile: the queries of `box`, the keys of `key_box`."""
 
-    def __init__(self, arrays: tuple[Tensor, ...], bias: Tensor | None, relation: Relation, box: Box, key_box: Box,
-                 scale: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        arrays: tuple[Tensor, ...],
+        bias: Tensor | None,
+        relation: Relation,
+        box: Box,
+        key_box: Box,
+        scale: float,
+        dtype: torch.dtype,
+    ):
         self.arrays, self.box, self.key_box, self.scale, self.dtype = arrays, box, key_box, scale, dtype
         q = arrays[0]
         self.addend = relation.pattern(box, key_box, dtype, q.device)[None, None]

@@ -57,8 +57,7 @@ class KeyRows:
         return [(slice(i, i + height), slice(i % (3 * height), i % (3 * height) + height)) for i in starts]
 
     def _copy(self, box: Box, place: slice) -> None:
-        z, _, x = box
-        width = x.stop - x.start
+        width = box[2].stop - box[2].start
         for slab, tokens in zip(self.slabs, self.arrays, strict=True):
             channels = tokens.shape[5]
             slab = self.unflat(slab)
@@ -118,7 +117,13 @@ class Window:
 
     def _give(self, slab: Tensor) -> Tensor:
         """The way back: `[B, *box, heads, channels]`, a view."""
-        shape = (self.q.shape[0], self.q.shape[4], self.cells * self.cell, *(s.stop - s.start for s in self.box[:2]), -1)
+        shape = (
+            self.q.shape[0],
+            self.q.shape[4],
+            self.cells * self.cell,
+            *(s.stop - s.start for s in self.box[:2]),
+            -1,
+        )
         x = slab.view(shape).permute(0, 3, 4, 2, 1, 5)
         return x[:, :, :, self.offset : self.offset + self.box[2].stop - self.box[2].start]
 
@@ -203,7 +208,9 @@ def windows(
         for z in range(0, extents[0], cell[0]):
             z = slice(z, min(extents[0], z + cell[0]))
             key_z = relation.keys_of(0, z, key_extents[0])
-            window = (key_z.stop - key_z.start) * (2 + relation.after) ** 2 * relation.key_cell[1] * relation.key_cell[2]
+            window = (
+                (key_z.stop - key_z.start) * (2 + relation.after) ** 2 * relation.key_cell[1] * relation.key_cell[2]
+            )
             size = max(1, PAIRS // (window * (z.stop - z.start) * cell[2]))
             size = -(-cell[1] // -(-cell[1] // min(size, cell[1])))
             for start in range(0, extents[1], cell[1]):

@@ -1,7 +1,7 @@
 """The aggregation's kernels on the way back: gradients of the tokens, and of the kernels.
 
-The words are those of `aggregation_kernels`. A kernel's gradient is made in two steps, as every sum has one writer: sums
-over runs of cells, then over the runs in order.
+The words are those of `aggregation_kernels`. A kernel's gradient is made in two steps, as every sum has one writer:
+sums over runs of cells, then over the runs in order.
 """
 
 import triton
@@ -147,7 +147,7 @@ def product_gradient(
         x, strides = x0, strides0
         if which == 1:
             x, strides = x1, strides1
-        if KINDS == 3:
+        if KINDS == 3:  # noqa: SIM102 (of the compiler, then of the call)
             if which == 2:
                 x, strides = x2, strides2
         shift = 0
@@ -161,7 +161,7 @@ def product_gradient(
             runs, run = _runs(level, batch, height, width, most, BINS, CELLS, NDIM)
         number = tl.minimum(level - 1, SOURCES)
         x = x0
-        if SOURCES == 2:
+        if SOURCES == 2:  # noqa: SIM102 (of the compiler, then of the call)
             if number == 2:
                 x = x1
         rows, columns = extents_of(height, width, 1 << number, NDIM)
@@ -267,7 +267,7 @@ def kernel_gradient(
     for i in range(slot, slot + slots):
         at = (((i * KINDS + which) * SIDE_Y + row).to(tl.int64) * BINS + column) * RANK + k
         total += tl.load(partial + (at * heads + head) * HEAD_DIM + d, there, 0.0)
-    if NDIM == 2:
+    if NDIM == 2:  # noqa: SIM102 (of the compiler, then of the call)
         if slots > 0:
             at = (((index * KINDS + which) * 2 + 1 - axis) * BINS + other) * RANK + k
             total *= tl.load(tables + (at * heads + head) * HEAD_DIM + d, there, 0.0)

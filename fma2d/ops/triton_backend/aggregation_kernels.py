@@ -7,8 +7,8 @@ of units side by side, loaded as an even and an odd column. Rows of units are ad
 what remains of a cell then under the horizontal one. A grid of one axis is a row of cells one token high.
 
 The tokens have strides of their own; block sums and the gradients of any source are `[kinds, B, rows, columns, heads,
-channels]`, float32. Summary tokens of all levels are `[kinds, B, entries, heads, channels]`, see `indexing`. Kernels are
-read from *tables* `[levels, kinds, axes, BINS, RANK, heads, channels]`, float32: channels together. Kinds are keys,
+channels]`, float32. Summary tokens of all levels are `[kinds, B, entries, heads, channels]`, see `indexing`. Kernels
+are read from *tables* `[levels, kinds, axes, BINS, RANK, heads, channels]`, float32: channels together. Kinds are keys,
 values, queries. All arithmetic is in float32.
 """
 
@@ -174,7 +174,7 @@ def summarise(
         x, strides = x0, strides0
         if which == 1:
             x, strides = x1, strides1
-        if KINDS == 3:
+        if KINDS == 3:  # noqa: SIM102 (of the compiler, then of the call)
             if which == 2:
                 x, strides = x2, strides2
         side: tl.constexpr = BINS
@@ -185,7 +185,7 @@ def summarise(
         level, tile, cells_y, cells_x = level_of(group, levels, batch, height, width, BINS, CELLS, NDIM)
         number = tl.minimum(level - 1, SOURCES)
         x = x0
-        if SOURCES == 2:
+        if SOURCES == 2:  # noqa: SIM102 (of the compiler, then of the call)
             if number == 2:
                 x = x1
         rows, columns = extents_of(height, width, 1 << number, NDIM)
