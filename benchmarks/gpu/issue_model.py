@@ -41,10 +41,15 @@ _ASKED /= sum(n * n * pieces for n, pieces in zip(PARENTS, _PIECES, strict=True)
 # one of those.
 _COLUMNS = 4 * LEVELS + 0.3 * _NEAR
 
+
+def _both(work: list) -> dict[str, list]:
+    return {"linear": work, "loglinear": list(work)}
+
+
 # By kernel, in the order of its launches: how often the main loop runs in a program, and bytes, of the linear variant
 # and of the log-linear one. What is outside the main loop is taken to run once.
 WORK: dict[str, dict[str, list[tuple[float, float]]]] = {
-    "lay_out": dict.fromkeys(("linear", "loglinear"), [(0, MB)] * 2),
+    "lay_out": _both([(0, MB)] * 2),
     "summarise": {
         # Rows four at a time; then two at a time of 8 units, of 16 at level 4 in two turns.
         "linear": [(2, 3 * (TOKEN + BLOCKS + FAR)), (4.2, 3 * (BLOCKS + FAR / 3))] * 2,
@@ -67,9 +72,9 @@ WORK: dict[str, dict[str, list[tuple[float, float]]]] = {
         "linear": [(1024 / 21, 3 * (TOKEN + FAR)), (21, 3 * (BLOCKS + FAR / 3))],
         "loglinear": [(1024 / 32, 2 * (TOKEN + FAR)), (21, 2 * (BLOCKS + FAR / 3))],
     },
-    "kernel_gradient": dict.fromkeys(("linear", "loglinear"), [(32, 30 * MB)]),
+    "kernel_gradient": _both([(32, 30 * MB)]),
     "near_dq": {"linear": [(_NEAR, 5 * TOKEN + 2 * TOKEN)], "loglinear": [(_COLUMNS, 5 * TOKEN)]},
-    "near_dkdv": dict.fromkeys(("linear", "loglinear"), [(2 * _NEAR, 6 * TOKEN + 4 * TOKEN)]),
+    "near_dkdv": _both([(2 * _NEAR, 6 * TOKEN + 4 * TOKEN)]),
 }
 
 

@@ -26,7 +26,6 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported; the interp
 
 import torch
 import triton
-from fma2d.ops.options import Call, Options
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend

@@ -64,7 +64,7 @@ class Short:
             Part("checks", 30, "graph, stream and repetition: compiled for 4 heads and for 8 more shapes", self.checks),
             Part("peers", 90, "8 rows; FlexAttention compiles for 10 s a size", self.peers),
             Part("log-linear", 30, "6 rows, compiled by the gate", self.loglinear),
-            Part("tests", TEST_SECONDS, "kernels compiled for 40 shapes in 16 processes; stopped after this", self.tests),
+            Part("tests", TEST_SECONDS, "40 shapes compiled in 16 processes; stopped after this", self.tests),
         ]  # fmt: skip
 
     def run(self) -> int:

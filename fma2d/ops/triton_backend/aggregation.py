@@ -1,8 +1,8 @@
 """The aggregation's launches, forward and backward, and where the torch backend's takes their place.
 
 The kernels take one stack of learned levels with `cell_size` bins, or none, even cells and no mask; the rest, which few
-calls ask for, is left to the torch backend's aggregation. Each array element has one writer and there are no atomics: results are
-bitwise repeatable.
+calls ask for, is left to the torch backend's aggregation. Each array element has one writer and there are no atomics:
+results are bitwise repeatable.
 """
 
 from math import gcd, prod
