@@ -37,8 +37,8 @@ _PIECES = [min(4**level, 64) for level in range(LEVELS)]
 _ASKED = sum(n * n * _window(n) * 4 ** (level + 1) for level, n in enumerate(PARENTS))
 _ASKED /= sum(n * n * pieces for n, pieces in zip(PARENTS, _PIECES, strict=True))
 
-# The longest loop of the log-linear near field is over far columns, four tiles a level; a turn of the near one is 0.3 of
-# one of those.
+# The longest loop of the log-linear near field is over far columns, four tiles a level; a turn of the near one is 0.3
+# of one of those.
 _COLUMNS = 4 * LEVELS + 0.3 * _NEAR
 
 
