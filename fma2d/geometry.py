@@ -14,12 +14,14 @@ Grid = tuple[int, ...]
 Span = tuple[int, int]
 
 
-def check_positive(name: str, value) -> None:
-    """Raise TypeError unless `value` is an integer, ValueError unless it is at least 1."""
+def check_positive(name: str, value, most: int = 2**31 - 1) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is at least 1 and at most `most`."""
     if not isinstance(value, int) or value is True or value is False:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def check_grid(grid: Grid, cell_size: int) -> None:
@@ -64,6 +66,8 @@ def tiling(rank: int, ndim: int) -> tuple[int, ...]:
             yield (rest,)
             return
         for first in range(least, rest + 1):
+            if first**axes > rest:  # those after it are no smaller
+                break
             if rest % first == 0:
                 yield from ((first, *tail) for tail in factors(rest // first, axes - 1, first) if tail[0] >= first)
 

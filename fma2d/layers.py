@@ -6,8 +6,8 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Without gradients, Mix-FFN's hidden features exist for about this many elements at a time; with gradients, of more than
-# that only one map is kept for the backward pass, not three.
+# Without gradients, Mix-FFN's hidden features exist for about this many elements at a time; with gradients, of more
+# than that only one map is kept for the backward pass, not three.
 BAND = 1 << 22
 
 

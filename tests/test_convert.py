@@ -7,7 +7,7 @@ import logging
 import pytest
 import timm
 import torch
-from fma2d.ops.options import Call, Options
+from fma2d.ops.call import Call, Options
 from torch import nn
 from torch.nn import functional as F
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,6 +190,19 @@ def test_one_bad_picture_of_many_is_told_at_the_end(tmp_path, predictor, monkeyp
     assert names == {str(tmp_path / name) for name in ("a/x.png", "b/x.png", "b/\u4e2d.png")}
     found = {path.relative_to(out).as_posix() for path in out.rglob("*_classes.png")}
     assert found == {"a/x_classes.png", "b/x_classes.png", "b/\u4e2d_classes.png"} and (out / "legend.png").is_file()
+
+
+def test_results_are_named_apart():
+    """One of two images of the same name in different folders lost its prediction."""
+    for images, names in (
+        (["d/a.jpg", "d/b.jpg"], ["a", "b"]),
+        (["d/x/a.jpg", "e/b.jpg"], ["a", "b"]),
+        (["d/x/a.jpg", "d/y/a.jpg", "d/b.jpg"], ["x/a", "y/a", "b"]),
+        (["d/a.jpg", "d/a.png"], ["a.jpg", "a.png"]),
+        (["d/a.jpg", "d/a.jpg"], ["a"]),
+    ):
+        found = predict.result_names([Path(image) for image in images])
+        assert [str(name) for name in found.values()] == names
 
 
 def test_a_picture_is_not_overwritten(tmp_path, monkeypatch, capsys):

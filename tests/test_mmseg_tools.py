@@ -249,19 +249,6 @@ def test_a_copied_run_leaves_the_best_checkpoint_of_the_original(scenes, tmp_pat
     assert named and all(path.is_file() and path.parent == copied for path in named)
 
 
-def test_results_are_named_apart():
-    """One of two images of the same name in different folders lost its prediction."""
-    for images, names in (
-        (["d/a.jpg", "d/b.jpg"], ["a", "b"]),
-        (["d/x/a.jpg", "e/b.jpg"], ["a", "b"]),
-        (["d/x/a.jpg", "d/y/a.jpg", "d/b.jpg"], ["x/a", "y/a", "b"]),
-        (["d/a.jpg", "d/a.png"], ["a.jpg", "a.png"]),
-        (["d/a.jpg", "d/a.jpg"], ["a"]),
-    ):
-        found = mmseg_runs.result_names([Path(image) for image in images])
-        assert [str(name) for name in found.values()] == names
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_becomes_of_sync_bn_is_said(processes, monkeypatch, capsys):
     """Where it was kept, nothing was said."""

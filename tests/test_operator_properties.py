@@ -10,7 +10,6 @@ from operator_cases import BACKENDS, DTYPES, KINDS, Call, assert_same, calls, co
 from operator_cases import one_thread as one_thread
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 from fma2d import num_levels, start_kernels
 from fma2d.ops import dense as dense_path
@@ -130,7 +129,7 @@ def test_without_coarse_levels_it_is_dense_attention(backend, grid, variant, mas
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("masked", (False, True))
 def test_without_coarse_levels_torch_does_the_work(backend, causal, masked, monkeypatch):
-    """One call of `scaled_dot_product_attention`, its bits, and its flops; with the lse, none."""
+    """One call of `scaled_dot_product_attention`, and its bits; with the lse, none."""
     calls = []
 
     def counted(*tensors, **options):
@@ -140,13 +139,11 @@ def test_without_coarse_levels_torch_does_the_work(backend, causal, masked, monk
     monkeypatch.setattr(dense_path, "scaled_dot_product_attention", counted)
     mask = torch.arange(14) < 11 if masked else None
     call = random_call((14,), 7, 2, batch=2, causal=causal, mask=mask).map(torch.Tensor.float)
-    with FlopCounterMode(display=False) as counter:
-        out = call.run_plain(backend)
+    out = call.run_plain(backend)
     (options,) = calls
     q, k, v = (call[name] for name in "qkv")
     expected = scaled_dot_product_attention(q, k, v, **options)
     assert torch.equal(out[:, :, :11], expected[:, :, :11])
-    assert counter.get_total_flops() == 4 * q.numel() * 14
     call.run(backend)
     assert len(calls) == 1
 

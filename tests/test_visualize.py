@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fma2d.ops.options import Call, Options
+from fma2d.ops.call import Call, Options
 from matplotlib.patches import Rectangle
 
 from fma2d import FMA1d, FMA2d, cover

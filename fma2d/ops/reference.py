@@ -2,7 +2,8 @@
 
 It shares the integers of `geometry` and the start value with the others and nothing else: relations between tokens and
 cells are full matrices, kernels act token by token through one matrix an axis, and one softmax runs over all entries of
-the cover. Differentiable to any order, float16 to float64, any device; memory grows with the square of the number of tokens.
+the cover. Differentiable to any order, float16 to float64, any device; memory grows with the square of the number of
+tokens.
 """
 
 import torch
