@@ -239,8 +239,7 @@ def measure(task: Task, repeat_seconds: float) -> dict:
         module, function = task.build.split(":")
         build = getattr(sys.modules[module], function)
         work = build(**task.subject, device=task.device, dtype=task.dtype, **task.extra)
-        work.warm_up()
-        if on_gpu:
+        if on_gpu:  # the process is warm: what starts once has started with the gate
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             base = torch.cuda.memory_allocated()
