@@ -245,10 +245,12 @@ def measure(task: Task, repeat_seconds: float) -> dict:
             base = torch.cuda.memory_allocated()
         work.check(work.step())
         peak = (torch.cuda.max_memory_allocated() - base) / 2**20 if on_gpu else None
-        _seconds(work.step, 1, on_gpu)
-        calls = max(1, round(GROUP_SECONDS / _seconds(work.step, 1, on_gpu))) if repeat_seconds else 1
-        times = [_seconds(work.step, calls, on_gpu) / calls]
-        while sum(times) * calls < repeat_seconds or len(times) < 3:
+        calls, least = 1, 1
+        if repeat_seconds:  # else one call will do
+            _seconds(work.step, 1, on_gpu)
+            calls, least = max(1, round(GROUP_SECONDS / _seconds(work.step, 1, on_gpu))), 3
+        times = []
+        while sum(times) * calls < repeat_seconds or len(times) < least:
             times.append(_seconds(work.step, calls, on_gpu) / calls)
     except ModuleNotFoundError as error:
         return {"status": f"not installed: {error.name}"}
@@ -257,7 +259,7 @@ def measure(task: Task, repeat_seconds: float) -> dict:
         return {"status": "out of memory"}
     except RuntimeError as error:
         return {"status": f"failed: {str(error).splitlines()[0]}"[:200]}
-    deciles = quantiles(times, n=10, method="inclusive")
+    deciles = quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     found = {"status": "ok", "repeats": str(len(times)), "peak_mib": "" if peak is None else f"{peak:.1f}"}
     if on_gpu:
         found["base_mib"] = f"{base / 2**20:.1f}"
