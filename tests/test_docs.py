@@ -58,7 +58,7 @@ def broken_links(page):
 def options_of(program):
     """The options of a program and of its subcommands, from its parser; nothing is parsed."""
     pytest.importorskip("fma2d.ops.triton_backend")  # before a program that reads Triton's settings otherwise
-    with patch.dict(os.environ):  # tools/kernel_report.py sets them for its own process
+    with patch.dict(os.environ):  # benchmarks/gpu/kernel_report.py sets them for its own process
         module = program.removesuffix(".py").removeprefix("-m ").replace("/", ".")
         main = import_module(f"{module}.__main__" if module == "benchmarks" else module).main
     with (

@@ -33,7 +33,7 @@ def test_every_kernel_has_a_tile_everywhere():
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for kernel, capability, head_dim, dtype in product(tiles.TABLE, capabilities, (1, 8, 24, 64, 128), dtypes):
         tile = tiles.choose(kernel, capability, head_dim, dtype)
-        assert tile.block >= 16 and tile.num_warps in (1, 2, 4, 8) and tile.num_stages >= 1
+        assert tile.block >= 1 and tile.num_warps in (1, 2, 4, 8) and tile.num_stages >= 1
     with pytest.raises(ValueError, match="head_dim 256"):
         tiles.choose("near_forward", (9, 0), 256, torch.float16)
 
@@ -46,37 +46,65 @@ def test_old_devices_are_refused_with_a_reason():
         tiles.choose("near_forward", (7, 5), 64, torch.float16)
 
 
+def test_old_versions_of_triton_are_refused_by_name(monkeypatch):
+    """Those that PyTorch 2.4 to 2.6 bring cannot take tuples of strides."""
+    for version, refused in (("3.2.0", True), ("3.0.0+git1", True), ("3.3.1", False), ("3.10.0", False)):
+        monkeypatch.setattr("triton.__version__", version)
+        reason = tiles.why_not((9, 0))
+        assert (reason is not None) == refused
+        assert not refused or ("3.3" in reason and version in reason)
+
+
 def test_other_makes_are_refused_with_a_reason(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "NVIDIA" in tiles.why_not((9, 4))
 
 
-def run_with(limit, tried):
-    def run(tile):
-        tried.append(tile)
-        if tile.block * tile.num_stages > limit:
-            raise errors.OutOfResources(tile.block, limit, "shared memory")
-        return tile
+class Kernel:
+    """Compiles for tiles of at most `limit` elements times stages; notes what is compiled and what is run."""
 
-    return run
+    __name__, arg_names = "near_forward", ["x", "BLOCK"]
+
+    def __init__(self, limit):
+        self.limit, self.compiled, self.ran = limit, [], []
+
+    def __getitem__(self, grid):
+        def launch(x, block, num_warps, num_stages):
+            self.compiled.append((block, num_stages))
+            if block * num_stages > self.limit:
+                raise errors.OutOfResources(block, self.limit, "shared memory")
+            return {(grid[0], 1, 1): lambda *arguments: self.ran.append(arguments)}
+
+        return launch
+
+    def launch(self):
+        return tiles.Launch(self, GPU, 64, torch.bfloat16, lambda tile: (7, dict(BLOCK=tile.block), tile.num_warps))
 
 
 def test_steps_down_to_what_fits_and_remembers_it():
-    tried = []
+    kernel = Kernel(32)
+    kernel.launch()("x")
     first = tiles.choose(*KEY)
-    found = tiles.launch("near_forward", GPU, 64, torch.bfloat16, run_with(32, tried))
-    assert tried == [first, tiles.Tile(64, 4, 1), tiles.Tile(32, 4, 1)] and found == tried[-1]
+    assert kernel.compiled == [(first.block, first.num_stages), (64, 1), (32, 1)]
     assert tiles.smaller("near_dq", tiles.Tile(32, 4, 1, step=32)) == tiles.Tile(16, 4, 1, step=16)
-    del tried[:]
-    assert tiles.launch("near_forward", GPU, 64, torch.bfloat16, run_with(32, tried)) == found
-    assert tried == [found]
+    del kernel.compiled[:]
+    kernel.launch()("x")
+    assert kernel.compiled == [(32, 1)]
+
+
+def test_what_is_compiled_is_called_from_then_on_with_its_arguments():
+    kernel = Kernel(1000)
+    launch = kernel.launch()
+    for x in "abc":
+        launch(x)
+    assert len(kernel.compiled) == 1 and kernel.ran == [("b", 64), ("c", 64)]
 
 
 def test_nothing_fits_so_torch_is_used_with_one_warning(recwarn):
     def triton_step():
-        return tiles.launch("near_dq", GPU, 64, torch.bfloat16, run_with(8, []))
+        return Kernel(8).launch()("x")
 
-    with pytest.raises(tiles.NoTileFits, match="near_dq does not fit some GPU at head_dim 64: out of resource"):
+    with pytest.raises(tiles.NoTileFits, match="near_forward does not fit some GPU at head_dim 64: out of resource"):
         triton_step()
     for _ in range(2):
         assert tiles.run_or(triton_step, lambda: "torch") == "torch"
@@ -85,11 +113,11 @@ def test_nothing_fits_so_torch_is_used_with_one_warning(recwarn):
 
 
 def test_other_errors_are_not_hidden():
-    def run(tile):
+    def step():
         raise RuntimeError("an illegal memory access")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        tiles.run_or(lambda: tiles.launch("near_dq", GPU, 64, torch.bfloat16, run), lambda: None)
+        tiles.run_or(step, lambda: None)
 
 
 def test_tuned_tiles_go_before_the_table():

@@ -50,8 +50,8 @@ def bfloat16_products(monkeypatch):
 
 
 def a_call(
-    grid, cell_size, rank, variant="linear", *, learned=(1,), bins=None, batch=1, heads=1, head_dim=8, share_heads=False,
-    dtype=torch.float32, mask=None, causal=False, count_bias=True, scale=None,
+    grid, cell_size, rank, variant="linear", *, learned=(1,), bins=None, batch=1, heads=1, head_dim=8,
+    share_heads=False, dtype=torch.float32, mask=None, causal=False, count_bias=True, scale=None,
 ):  # fmt: skip
     """A random call, tokens as a fused projection leaves them.
 

@@ -1,8 +1,8 @@
 """How long the launches of the main shape take at the least, by the instructions that are issued and the bytes moved.
 
-A multiprocessor issues one instruction of a warp a clock from each of its four schedulers; memory is counted with what
-does not fit into L2, as docs/kernels.md lists it. Of both times the larger counts. Nothing here has been measured: waits
-for what was loaded, and programs too few to fill the GPU, come on top.
+A multiprocessor issues one instruction of a warp a clock from each of its four schedulers; bytes are those of arrays
+read or written once. Of both times the larger counts. Nothing here has been measured: waits for what was loaded, and
+programs too few to fill the GPU, come on top.
 
 The main shape: 256 x 256 tokens, 2 heads of 64, bfloat16, cell size 8, rank 4, one image.
 """
@@ -20,7 +20,8 @@ CELLS = SIDE // CELL
 # Parents of each level, a side.
 PARENTS = [CELLS // 2 ** (level + 1) for level in range(LEVELS)]
 MB = 1e6
-TOKEN, BLOCKS, LATTICE = TOKENS * 2, TOKENS * 4 * (1 / 4 + 1 / 16), TOKENS * 4 / 16 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
+TOKEN, BLOCKS = TOKENS * 2, TOKENS * 4 * (1 / 4 + 1 / 16)
+LATTICE = TOKENS * 4 / 16 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
 FAR = TOKENS * 4 / 16
 
 
@@ -36,14 +37,19 @@ _PIECES = [min(4**level, 64) for level in range(LEVELS)]
 _ASKED = sum(n * n * _window(n) * 4 ** (level + 1) for level, n in enumerate(PARENTS))
 _ASKED /= sum(n * n * pieces for n, pieces in zip(PARENTS, _PIECES, strict=True))
 
-# The longest loop of the log-linear near field is over far columns, four tiles a level; a turn of the near one is 0.3 of
-# one of those.
+# The longest loop of the log-linear near field is over far columns, four tiles a level; a turn of the near one is 0.3
+# of one of those.
 _COLUMNS = 4 * LEVELS + 0.3 * _NEAR
+
+
+def _both(work: list) -> dict[str, list]:
+    return {"linear": work, "loglinear": list(work)}
+
 
 # By kernel, in the order of its launches: how often the main loop runs in a program, and bytes, of the linear variant
 # and of the log-linear one. What is outside the main loop is taken to run once.
 WORK: dict[str, dict[str, list[tuple[float, float]]]] = {
-    "lay_out": dict.fromkeys(("linear", "loglinear"), [(0, MB)] * 2),
+    "lay_out": _both([(0, MB)] * 2),
     "summarise": {
         # Rows four at a time; then two at a time of 8 units, of 16 at level 4 in two turns.
         "linear": [(2, 3 * (TOKEN + BLOCKS + FAR)), (4.2, 3 * (BLOCKS + FAR / 3))] * 2,
@@ -66,9 +72,9 @@ WORK: dict[str, dict[str, list[tuple[float, float]]]] = {
         "linear": [(1024 / 21, 3 * (TOKEN + FAR)), (21, 3 * (BLOCKS + FAR / 3))],
         "loglinear": [(1024 / 32, 2 * (TOKEN + FAR)), (21, 2 * (BLOCKS + FAR / 3))],
     },
-    "kernel_gradient": dict.fromkeys(("linear", "loglinear"), [(32, 30 * MB)]),
+    "kernel_gradient": _both([(32, 30 * MB)]),
     "near_dq": {"linear": [(_NEAR, 5 * TOKEN + 2 * TOKEN)], "loglinear": [(_COLUMNS, 5 * TOKEN)]},
-    "near_dkdv": dict.fromkeys(("linear", "loglinear"), [(2 * _NEAR, 6 * TOKEN + 4 * TOKEN)]),
+    "near_dkdv": _both([(2 * _NEAR, 6 * TOKEN + 4 * TOKEN)]),
 }
 
 

@@ -119,7 +119,7 @@ class Measured:
 
 @dataclass
 class Row:
-    """One line of the report: how a launch is compiled, what it needs (see `Measured`) and the device's shared memory."""
+    """One line of the report: how a launch is compiled, what that shows (see `Measured`), the memory to share."""
 
     arch: str
     kernel: str

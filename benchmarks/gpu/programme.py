@@ -2,10 +2,10 @@
 
 In order: correctness on the device, what the card can do at most; at the main shape alone, the operator against its
 peers, which kernel takes how long, and the models; then the longer tests; then all sizes of the operator and of the
-models. With --short, what is worth most of it in fifteen minutes and one process. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
-with the next, and within a piece with the next row. A gate that shows a wrong result ends the programme; tests that
-fail are recorded, named at the end, and run again by --piece only. Results are CSV files in one folder; tools/plot.py
-draws them.
+models. Each piece takes at most eight minutes and is recorded when it is done: the same command started again goes on
+with the next, and within a piece with the next row. With --short, what is worth most in fifteen minutes. A gate that
+shows a wrong result ends the programme; tests that fail are recorded, named at the end, and run again by --piece only.
+Results are CSV files in one folder; `python -m benchmarks draw` draws them.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The aggregation's launches, forward and backward, and where the torch backend's takes their place.
 
 The kernels take one stack of learned levels with `cell_size` bins, or none, even cells and no mask; the rest, which few
-calls ask for, is left to the torch backend's aggregation. Each array element has one writer and there are no atomics: results are
-bitwise repeatable.
+calls ask for, is left to the torch backend's aggregation. Each array element has one writer and there are no atomics:
+results are bitwise repeatable.
 """
 
 from math import gcd, prod
@@ -15,7 +15,8 @@ from torch import Tensor
 from ...geometry import cell_side, num_cells, tiling
 from ..call import Call, Options
 from ..torch_backend import aggregation as torch_aggregation
-from . import aggregation_kernels as kernels_of
+from . import aggregation_backward as back
+from . import aggregation_kernels as up
 from . import tiles
 
 # What a program takes of a cell at once: columns, and summary tokens; more of the former come in turns.
@@ -92,7 +93,7 @@ class Aggregation:
                 of_tile = max(1, tile.block // (pairs * block_p * block_d))
                 count = programs if isinstance(programs, int) else programs(of_tile)
                 # What cut cells add to the gradient of a product takes as many registers again.
-                warps = 2 if self.is_cut and kernel is kernels_of.product_gradient else tile.num_warps
+                warps = 2 if self.is_cut and kernel is back.product_gradient else tile.num_warps
                 return count, own | dict(CELLS=of_tile) | more, warps
 
             return tiles.Launch(kernel, self.device, self.head_dim, token_dtype, bound)
@@ -104,26 +105,26 @@ class Aggregation:
         if stacks:
             kernel_strides = tuple(s if n > 1 else 0 for n, s in zip(*stacks[0][:2], strict=True))
         rows = prod(self._table_shape[:3]) * rank * self.heads
-        self._lay_out = launch(kernels_of.lay_out, rows, strides=kernel_strides)
-        self._summarise = launch(kernels_of.summarise, tiles_of(cells[:1]), **tokens)
-        self._summarise_above = launch(kernels_of.summarise, tiles_of(cells[1:]), **blocks)
+        self._lay_out = launch(up.lay_out, rows, strides=kernel_strides)
+        self._summarise = launch(up.summarise, tiles_of(cells[:1]), **tokens)
+        self._summarise_above = launch(up.summarise, tiles_of(cells[1:]), **blocks)
         self._source_gradients = [
-            launch(kernels_of.source_gradient, tiles_of([cells[j]]), number=j) for j in range(self.sources + 1)
+            launch(back.source_gradient, tiles_of([cells[j]]), number=j) for j in range(self.sources + 1)
         ]
 
         # A kernel's gradient: sums over runs of cells, then over runs.
         block_x = triton.next_power_of_2(min(bins, MAX_COLUMNS))
-        block = tiles.choice(kernels_of.product_gradient.__name__, self.device, self.head_dim, token_dtype).block
+        block = tiles.choice(back.product_gradient.__name__, self.device, self.head_dim, token_dtype).block
         of_tile = max(1, block // (block_x * block_p * block_d))
         columns = -(-bins // block_x) * (bins if ndim == 2 else 1)
         most = max(1, PROGRAMS // (per_cell * columns))
         self._slots = [_runs(-(-self.batch * n // of_tile), most) for n in cells]
         shared = dict(most=most, CELLS=of_tile, BLOCK_X=block_x)
         programs = [per_cell * columns * n for n in (self._slots[0], sum(self._slots[1:]))]
-        self._products = launch(kernels_of.product_gradient, programs[0], **tokens, **shared)
-        self._products_above = launch(kernels_of.product_gradient, programs[1], **blocks, **shared)
+        self._products = launch(back.product_gradient, programs[0], **tokens, **shared)
+        self._products_above = launch(back.product_gradient, programs[1], **blocks, **shared)
         rows = self.learned * per_cell * ndim * rank * bins
-        self._kernel_gradient = launch(kernels_of.kernel_gradient, rows, **shared)
+        self._kernel_gradient = launch(back.kernel_gradient, rows, **shared)
 
     def _numbers(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)

@@ -200,7 +200,7 @@ def own_entry(cell_y, cell_x, y, x, cells_x, CELL_Y: tl.constexpr, CELL_X: tl.co
 
 @triton.jit
 def signed(rows, SIGN: tl.constexpr):
-    """Rows times the sign of the scale. It is 1 nearly always, and a conversion here keeps products from overlapping."""
+    """Rows times the sign of the scale; nearly always it is 1, and a conversion keeps products from overlapping."""
     if SIGN == 1:
         return rows
     return (rows.to(tl.float32) * SIGN).to(rows.dtype)

@@ -1,7 +1,8 @@
 """How every Triton kernel is tiled: the one table, and what to do where its choice does not fit.
 
-A choice goes by kernel, tier of architecture, head_dim and dtype. Nothing is tuned at run time. `benchmarks/gpu/tune_tiles.py`
-measures on a GPU and saves what it finds to `tuned_path()`, which goes before the table from then on.
+A choice goes by kernel, tier of architecture, head_dim and dtype. Nothing is tuned at run time.
+`benchmarks/gpu/tune_tiles.py` measures on a GPU and saves what it finds to `tuned_path()`, which goes before the table
+from then on.
 """
 
 import json
