@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from fma2d import FMA1d, FMA2d, start_kernels
-from fma2d.checkpoint import resample_bins, share_parts
+from fma2d.kernels import resample_bins, share_parts
 from fma2d.geometry import count_pairs, tiling
 
 
@@ -88,7 +88,7 @@ def test_causal_linear_and_wrong_inputs_are_refused():
 
 @given(old=st.integers(1, 16), new=st.integers(1, 16), old_rank=st.integers(1, 12), new_rank=st.integers(1, 12))
 def test_resampling_keeps_sums_and_shares_are_means(old, new, old_rank, new_rank):
-    assert torch.allclose(resample_bins(old, new).sum(0), torch.ones(old, dtype=torch.float64))
+    assert torch.allclose(resample_bins(old, new).sum(1), torch.ones(new, dtype=torch.float64))
     assert torch.allclose(resample_bins(old, old), torch.eye(old, dtype=torch.float64))
     for ndim in (1, 2, 3):
         share = share_parts(old_rank, new_rank, ndim)
@@ -162,7 +162,7 @@ def test_no_learned_level_on_either_side_is_no_missing_key():
     assert load(FMA2d(16, 2, levels=0), learned) == {"dropped": "2 learned levels"}
     target = perturb(FMA2d(16, 2, levels=2))
     assert load(target, none) == {"initialised": "all kernels"}
-    start = torch.stack(start_kernels(1, 8, 4, 2, 2, 8)) * 8
+    start = start_kernels(1, 8, 4, 2, 2, 8)
     assert torch.equal(target.kernels, start.expand_as(target.kernels))
     # With `assign`, new kernels are in the dtype, and on the device, of what was loaded.
     target.load_state_dict(none.to(torch.bfloat16).state_dict(), assign=True)

@@ -33,17 +33,17 @@ def assert_equal_where(exists, results, expected, tolerance):
 
 
 def averaged(call, kind):
-    """The kernels of a call, those of one kind at their start value: a list, or None."""
-    if call["kernels"] is None:
+    """The kernels of a call at every level of its grid, those of one kind at their start value: a list, or None."""
+    if not call["kernels"]:
         return None
-    kernels = [w.clone() for w in call["kernels"]]
-    for level, w in enumerate(kernels, 1):
+    kernels = []
+    for level in range(1, num_levels(call.grid, call["cell_size"]) + 1):
         side = call["cell_size"] * 2 ** (level - 1)
         sizes = (level, call["cell_size"], call["rank"], len(call.grid), 1, 1)
-        start = start_kernels(*sizes, bins=side, dtype=torch.float64)[0]
-        kernels[level - 1] = w.repeat_interleave(side // w.shape[-1], -1)
-        kernels[level - 1][kind] = start
-    # Levels beyond the last one use its bins as they are: as many levels as the grid has.
+        # Levels beyond the last one use its bins as they are.
+        w = call["kernels"][min(level, len(call["kernels"])) - 1]
+        kernels.append(w.repeat_interleave(side // w.shape[-1], -1))
+        kernels[-1][kind] = start_kernels(*sizes, bins=side, dtype=torch.float64)[0]
     return kernels
 
 
@@ -54,6 +54,8 @@ def dense(q, k, v, exists=None, causal=False):
         score = score.masked_fill(~exists[..., None, :], -torch.inf)
     if causal:
         score = score.masked_fill(torch.ones_like(score).triu(1) > 0, -torch.inf)
+    if exists is not None:  # what an absent query gives is not looked at, but its gradient would be NaN
+        score = torch.where(exists[..., None], score, 0)
     return score.softmax(-1) @ v, score.logsumexp(-1)
 
 

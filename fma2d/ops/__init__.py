@@ -73,7 +73,7 @@ def multipole_attention(
     if transformed and backend == "triton":
         raise RuntimeError("backend 'triton' cannot run this call: torch.func and forward mode need backend 'torch'")
     # Its lse would have no derivative, its kernels no transforms: these calls go on.
-    if call.levels == 0 and not return_lse and not transformed and backend != "reference":
+    if call.dense and not return_lse and not transformed and backend != "reference":
         return dense.attention(call)
     if backend == "reference":
         attention = reference.attention
@@ -82,7 +82,7 @@ def multipole_attention(
     else:
         if backend == "auto":
             backend = "triton" if q.device.type == "cuda" and _why_not_triton(q) is None else "torch"
-        if call.levels == 0:
+        if call.dense:
             backend = "torch"  # the kernels are of coarse levels
         out, lse = library.multipole_attention(q, k, v, stacks, key_mask, *call.options, backend)
         return (out, lse) if return_lse else out

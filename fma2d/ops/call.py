@@ -1,10 +1,11 @@
 """A call of the operator: what it asks for, checked, the same for every backend."""
 
 from collections.abc import Sequence
+from functools import reduce
 from sys import float_info
 from typing import NamedTuple
 
-from torch import Tensor, bfloat16, bool, float16, float32, float64, strided
+from torch import Tensor, bfloat16, bool, float16, float32, float64, strided, sym_max
 
 from ..geometry import cell_side, check_grid, check_positive, num_levels
 from ..kernels import check_variant, num_kinds
@@ -56,6 +57,11 @@ class Call(NamedTuple):
     @property
     def levels(self) -> int:
         return num_levels(self.grid, self.options.cell_size)
+
+    @property
+    def dense(self) -> bool:
+        """Whether there are no coarse levels; of sizes that a compiler leaves open, one condition."""
+        return reduce(sym_max, self.q.shape[2:-1]) <= 2 * self.options.cell_size
 
     @property
     def linear(self) -> bool:
