@@ -141,13 +141,15 @@ def test_start_kernels_are_the_area_of_each_subcell(level, cell_size, rank, ndim
     bins = {None: None, "side": side, "one": 1, "double": 2 if side % 2 == 0 else side}[bins]
     kernels = start_kernels(level, cell_size, rank, ndim, 2, 3, bins=bins, dtype=dtype)
     bins = bins or (side if any(cell_size % p for p in parts) else cell_size)
-    assert len(kernels) == ndim
-    for axis, kernel in enumerate(kernels):
-        assert kernel.shape == (rank, 2, 3, bins) and kernel.dtype == dtype
+    assert kernels.shape == (2, ndim, rank, 2, 3, bins) and kernels.dtype == dtype
+    assert torch.equal(kernels[0], kernels[1])
+    linear = start_kernels(level, cell_size, rank, ndim, 2, 3, variant="linear", bins=bins, dtype=dtype)
+    assert torch.equal(linear, kernels[:1].expand_as(linear))
+    for axis, kernel in enumerate(kernels[0]):
         for k, index in enumerate(product(*map(range, parts))):
             start, stop = (Fraction(bins * (index[axis] + i), parts[axis]) for i in (0, 1))
-            share = [Fraction(max(0, min(b + 1, stop) - max(b, start))) * parts[axis] / bins for b in range(bins)]
-            assert sum(share) == 1
+            share = [Fraction(max(0, min(b + 1, stop) - max(b, start))) * parts[axis] for b in range(bins)]
+            assert sum(share) == bins
             expected = torch.tensor([float(x) for x in share], dtype=torch.float64).to(dtype)
             torch.testing.assert_close(kernel[k], expected.expand(2, 3, -1), rtol=1e-15, atol=0)
 

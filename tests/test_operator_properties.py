@@ -34,7 +34,7 @@ def assert_equal_where(exists, results, expected, tolerance):
 
 def averaged(call, kind):
     """The kernels of a call at every level of its grid, those of one kind at their start value: a list, or None."""
-    if not call["kernels"]:
+    if call["kernels"] is None or not len(call["kernels"]):
         return None
     kernels = []
     for level in range(1, num_levels(call.grid, call["cell_size"]) + 1):

@@ -34,10 +34,9 @@ def test_attention_map_is_the_references(name, masked, backend):
     torch.nn.init.normal_(module.qkv.weight)
     x = torch.randn(2, *grid, 12, dtype=torch.float64)
     mask = torch.rand(2, *grid) < 0.6 if masked else None
-    options = module.call_options()
-    kernels = [options[f"{kind}_kernels"] for kind in ("key", "value", "query")]
-    settings = Options(module.cell_size, module.rank, module.causal, True, module.head_dim**-0.5)
-    expected = reference.attention_map(Call(*module.project(x), *kernels, mask, settings))
+    kernels = [] if module.kernels is None else [module.kernels]
+    settings = Options(module.cell_size, module.rank, module.variant, module.causal, True, module.head_dim**-0.5)
+    expected = reference.attention_map(Call(*module.project(x), kernels, mask, settings))
     for token in ([0] * len(grid), [n // 2 for n in grid], [n - 1 for n in grid]):
         found = attention_map(module, x, token, mask)
         torch.testing.assert_close(found, expected[(slice(None), slice(None), *token)], rtol=0, atol=1e-13)
