@@ -1,1 +1,1 @@
-"""Benchmarks: `harness` measures and records, the others say what; `tools/benchmark.py` runs them."""
+"""Benchmarks: `harness` measures and records, the others say what; `python -m benchmarks` runs them."""
