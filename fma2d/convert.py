@@ -25,7 +25,6 @@ from .modules import FMA2d
 from .ops import dense, multipole_attention
 from .ops.call import Call, Options
 
-
 MASKS_REFUSED = "attn_mask and is_causal are refused: multipole attention over patches has no masks"
 
 
@@ -218,7 +217,7 @@ def convert_attention(
     for part in (own.forward_features, own.forward_intermediates, *(type(block).forward for block in model.blocks)):
         if "attn_mask" not in signature(part).parameters:
             raise ValueError(
-                f"{part.__qualname__} takes no attn_mask, which brings the patch grid to the blocks: a newer timm has it"
+                f"{part.__qualname__} takes no attn_mask, which brings the patch grid to blocks: a newer timm has it"
             )
     settings = (model.num_prefix_tokens, cell_size, rank, levels, variant, backend)
     layers = [ViTAttention(block.attn, *settings) for block in model.blocks]

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from fma2d.ops.call import Call, Options
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fma2d
 from fma2d.ops import reference
+from fma2d.ops.call import Call, Options
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=3)
 VARIANTS = ("loglinear", "linear")
