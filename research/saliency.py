@@ -8,7 +8,8 @@
 The model is a ViT-S/14 with a decoder of three transposed convolutions, trained at 224 px by others; the package holds
 it as ONNX. FOLDER has `images/BREED_NUMBER.jpg` and `trimaps/BREED_NUMBER.png` (Oxford-IIIT Pets: 1 pet, 2 background,
 3 border, which is left out). A picture's longest side is brought to the size, both sides to whole patches. Saliency
-above 0.6 is pet. Rows are kept one by one, those that the file holds are not made again.
+above 0.6 is pet. Rows are kept one by one, those that the file holds are not made again. Where a size has no coarse
+levels the model is the dense one, and there is no row.
 
 `tune` trains learned kernels alone to bring the last features near the dense model's, without labels.
 """
@@ -39,6 +40,7 @@ import fma2d
 from benchmarks.harness import text_table
 from benchmarks.records import append_rows, origin, read_rows
 from benchmarks.vit_benchmark import VARIANTS
+from benchmarks.worker import _CpuMemory, _GpuMemory
 from tools.arguments import positive
 from tools.ending import InputError, ending, output_folder
 
@@ -193,7 +195,9 @@ def study(args: argparse.Namespace, model: Saliency, pictures: dict[str, list[Pa
     for size, breed in bar:
         paths = pictures[breed]
         subject = dict(breed=breed, pictures=len(paths), pixels=size, device=args.device, threads=source["threads"])
-        rows = [subject | setting for setting in (DENSE, *settings)]
+        side = size // PATCH
+        changed = [s for s in settings if fma2d.num_levels((side, side), s["cell_size"])]
+        rows = [subject | setting for setting in (DENSE, *changed)]
         rows = [row for row in rows if tuple(str(row[name]) for name in KEY) not in known]
         dense = {}
         for row in rows and [subject | DENSE, *(row for row in rows if row["variant"] != "dense")]:
@@ -206,7 +210,10 @@ def study(args: argparse.Namespace, model: Saliency, pictures: dict[str, list[Pa
                     other.load_state_dict(model.state_dict() | learned)
             bar.set_postfix_str(f"{size} px {row['variant']} {row['cell_size']} {row['rank']} {row['kernels']}")
             scores, differences, same, seconds = [], [], [], []
-            for path, map_, took in maps(other.to(args.device), paths, size, args.device):
+            other = other.to(args.device)
+            memory = _GpuMemory(args.device) if args.device.startswith("cuda") else _CpuMemory()
+            memory.reset_peak()
+            for path, map_, took in maps(other, paths, size, args.device):
                 like = dense.setdefault(path, map_)
                 scores.append(iou(map_, path))
                 differences.append((map_ - like).abs().mean().item())
@@ -215,15 +222,18 @@ def study(args: argparse.Namespace, model: Saliency, pictures: dict[str, list[Pa
             if tuple(str(row[name]) for name in KEY) in known:
                 continue  # the dense maps, for the others
             row |= dict(iou_mean=f"{mean(scores):.4f}", iou_median=f"{median(scores):.4f}")
-            row |= dict(difference=f"{mean(differences):.4f}", same_side=f"{mean(same):.4f}", peak_mib="")
-            row |= dict(seconds=f"{median(seconds):.3f}" if args.time else "")
+            row |= dict(difference=f"{mean(differences):.4f}", same_side=f"{mean(same):.4f}")
+            peak = memory.peak() if args.time else None
+            row |= dict(
+                seconds=f"{median(seconds):.3f}" if args.time else "", peak_mib=f"{peak / 2**20:.0f}" if peak else ""
+            )
             append_rows(
                 args.out, COLUMNS, [row | {k: v for k, v in origin(args.device, args.threads).items() if k not in row}]
             )
     rows = [
         row for row in read_rows(args.out, COLUMNS) if row["breed"] in pictures and int(row["pixels"]) in args.sizes
     ]
-    shown = (*KEY[:-2], *RESULT[:-1])
+    shown = (*KEY[:-2], *RESULT)
     print(f"\n{text_table(list(shown), [[row[name] for name in shown] for row in rows])}\n\nrows in {args.out}")
 
 
@@ -279,14 +289,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=positive, help="on the CPU (torch's choice)")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_subparsers(dest="report", metavar="REPORT", required=True)
-    add = which.add_parser("study", help="quality, and with --time seconds", parents=[common]).add_argument
+    add = which.add_parser("study", help="quality, and with --time seconds and memory", parents=[common]).add_argument
     add("--breeds", nargs="+", default=(), help="(all)")
     add("--sizes", nargs="+", type=positive, default=SIZES, help="pixels of the longest side (224 518 1036 1526)")
     add("--cells", nargs="+", type=positive, default=CELLS, help="patches per side of a base cell (8 16)")
     add("--ranks", nargs="+", type=positive, default=RANKS, help="summary tokens per coarse cell (1 4 16)")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(both)")
     add("--kernels", type=Path, help="learned ones, of `tune`: their rows and those of means beside, no others")
-    add("--time", action="store_true", help="keep the seconds a picture, on a machine that does nothing else")
+    add("--time", action="store_true", help="keep the seconds a picture and the peak memory, where nothing else runs")
     add("--out", type=Path, default=RESULTS / "vit_saliency.csv", help="(research/results/vit_saliency.csv)")
     add = which.add_parser("tune", help="kernels that imitate the dense model", parents=[common]).add_argument
     add("--breeds", nargs="+", default=("Abyssinian", "Bengal"), help="to tune on (Abyssinian Bengal)")
