@@ -212,6 +212,7 @@ def study(args: argparse.Namespace, model: Saliency, pictures: dict[str, list[Pa
             scores, differences, same, seconds = [], [], [], []
             other = other.to(args.device)
             memory = _GpuMemory(args.device) if args.device.startswith("cuda") else _CpuMemory()
+            memory.now()  # lets go of what is freed
             memory.reset_peak()
             for path, map_, took in maps(other, paths, size, args.device):
                 like = dense.setdefault(path, map_)
