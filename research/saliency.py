@@ -167,7 +167,7 @@ def iou(map_: Tensor, path: Path) -> float:
     return (found & pet).sum().item() / union if union else 1.0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def maps(model: Saliency, paths: Sequence[Path], size: int, device: str) -> Iterator[tuple[Path, Tensor, float]]:
     """Of each picture its saliency map, and the seconds that it took."""
     for path in paths:
