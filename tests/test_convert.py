@@ -3,16 +3,18 @@
 import copy
 import io
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
-from fma2d.ops.call import Call, Options
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fma2d
 from fma2d.ops import reference
+from fma2d.ops.call import Call, Options
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=3)
 VARIANTS = ("loglinear", "linear")
@@ -49,9 +51,9 @@ class Oracle(nn.Module):
         q, k, v = attn.qkv(x).reshape(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = attn.q_norm(q), attn.k_norm(k)
         patches = [t[:, :, prefix:].unflatten(2, self.grid) for t in (q, k, v)]
-        options = attn.call_options()
-        kernels = [options[f"{kind}_kernels"] for kind in ("key", "value", "query")]
-        call = Call(*patches, *kernels, None, Options(attn.cell_size, attn.rank, False, True, scale))
+        kernels = [] if attn.kernels is None else [attn.kernels]
+        options = Options(attn.cell_size, attn.rank, attn.variant, False, True, scale)
+        call = Call(*patches, kernels, None, options)
         out, lse = reference.attention(call)
         scores = q @ k.mT * scale
         near = scores[:, :, prefix:, :prefix].exp()
@@ -96,15 +98,18 @@ def test_without_coarse_levels_nothing_changes(name, options, prefix, fused):
                 block.attn.gate = nn.Linear(48, 48).double()
         model = fma2d.convert_attention(copy.deepcopy(original), cell_size=5)
         x = image(7 * patch, 10 * patch)
-        results = []
+        results, counts = [], []
         for m in (original, model):
             y = x.clone().requires_grad_()
-            logits = m(y)
+            with FlopCounterMode(display=False) as counter:
+                logits = m(y)
+            counts.append(counter.get_total_flops())
             (gradient,) = torch.autograd.grad(logits.square().sum(), y)
             results.append((m.forward_features(x), logits, gradient))
         for expected, found in zip(*results, strict=True):
             assert expected.abs().max() > 1e-3
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        assert not fused or counts[0] == counts[1]  # nor is anything computed twice
     finally:
         timm.layers.set_fused_attn(before)
 
@@ -175,18 +180,76 @@ def test_any_size_that_the_model_takes_and_copies_of_it():
     torch.testing.assert_close(model(images[64, 256]), results[64, 256])
 
 
-def test_checkpointing_recomputes_the_same_or_refuses():
-    """Blocks that run again in the backward pass find the grid of the last image; another one's must not be taken."""
-    model = fma2d.convert_attention(vit(dynamic_img_size=True), 2).train()
-    x, other = image(64, 256), image(256, 64)
-    (plain,) = torch.autograd.grad(model(x).sum(), model.pos_embed)
-    model.set_grad_checkpointing()
-    (again,) = torch.autograd.grad(model(x).sum(), model.pos_embed)
-    assert torch.allclose(again, plain, atol=1e-12)
-    loss = model(x).sum()
-    model(other)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        loss.backward()
+def crops():
+    """Images of as many patches in grids of other shapes, and other numbers of them."""
+    return [image(*size) for size in [(64, 256), (256, 64), (128, 128), (96, 80)]]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_grid_is_the_calls_own(checkpointing):
+    """Several sizes before one backward pass, that pass on another thread, and forward passes in threads meanwhile.
+
+    The grid lay on the module once: outputs were those of another image's grid, without an error where the numbers of
+    patches agree, and a checkpoint recomputed with the grid of the last image.
+    """
+    model = fma2d.convert_attention(vit(dynamic_img_size=True), 2, levels=1).train()
+    images, parameters = crops(), list(model.parameters())
+    losses = [model(x).square().sum() for x in images]
+    expected = [torch.autograd.grad(loss, parameters) for loss in losses]
+    total = [sum(each) for each in zip(*expected, strict=True)]
+    model.set_grad_checkpointing(checkpointing)
+    assert model.grad_checkpointing is checkpointing
+    runs = [0]
+    handle = model.blocks[1].mlp.register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    with ThreadPoolExecutor(len(images)) as pool:
+        again = list(pool.map(lambda x: model(x).square().sum(), images))
+        assert runs[0] == len(images)
+        assert all(torch.allclose(a, b) for a, b in zip(again, losses, strict=True))
+        summed = pool.submit(torch.autograd.grad, sum(again), parameters).result()
+        assert runs[0] == len(images) * (2 if checkpointing else 1)
+        separate = list(pool.map(lambda x: torch.autograd.grad(model(x).square().sum(), parameters), images))
+    handle.remove()
+    for found, value in zip([summed, *separate], [total, *expected], strict=True):
+        for a, b in zip(found, value, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())  # kernels are float32
+
+    # Features of blocks keep their inputs alone, too, and no gradients, no checkpoints.
+    x, runs[0] = images[0], 0
+    handle = model.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)[0].sum().backward()
+    assert runs[0] == (2 if checkpointing else 1)
+    handle.remove()
+
+
+def test_copies_that_share_weights_run_side_by_side():
+    """What DataParallel does: replicas of the modules, one thread each."""
+    model = fma2d.convert_attention(vit(dynamic_img_size=True), 2)
+
+    def replica(module):
+        twin = module._replicate_for_data_parallel()
+        twin._parameters = module._parameters
+        for name, child in module.named_children():
+            twin._modules[name] = replica(child)
+        return twin
+
+    images = crops()
+    with torch.no_grad(), ThreadPoolExecutor(len(images)) as pool:
+        expected = [model(x) for x in images]
+        found = pool.map(torch.no_grad()(lambda x: replica(model)(x)), images)
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_scores_of_prefix_tokens_neither_overflow_nor_round_in_half_precision():
+    """In float16 their product is infinite before it is scaled, and off by whole numbers after."""
+    attn = fma2d.convert_attention(vit(embed_dim=256, num_heads=1), 2).blocks[0].attn
+    q, k, v = torch.randn(3, 1, 1, 1 + 5 * 11, 256).half()
+    q[:, :, 1:, :4], k[..., :4] = 250, 80  # 5 000 of each score
+    expected = attn.attend(q.double(), k.double(), v.double(), (5, 11))
+    shares = (q.double()[0, 0, 1:] @ k.double()[0, 0].T / 16).softmax(-1)[:, 0]
+    assert 0.001 < shares.mean() < 0.9  # neither the prefix nor the patches are all
+    found = attn.attend(q, k, v, (5, 11))
+    assert found.dtype == torch.float16
+    assert (found - expected)[:, 1:].abs().max() < 0.01
 
 
 @pytest.mark.slow
@@ -244,6 +307,13 @@ def test_weights_keep_their_names_and_kernels_load_by_the_usual_rule(caplog):
     assert all(p.grad is not None and not p.grad.any() for n, p in small.named_parameters() if n in kernels)
 
 
+class OlderBlock(timm.models.vision_transformer.Block):
+    """As timm had them before masks."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def test_what_it_cannot_stand_for_is_refused_by_name():
     cases = [
         (timm.create_model("resnet18"), {}, TypeError, "ResNet"),
@@ -254,6 +324,7 @@ def test_what_it_cannot_stand_for_is_refused_by_name():
         (vit(attn_layer="diff"), {}, ValueError, "blocks.0 has DiffAttention"),
         (vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock), {}, ValueError, "ParallelScalingBlock"),
         (fma2d.convert_attention(vit()), {}, ValueError, "blocks.0 has ViTAttention"),
+        (vit(block_fn=OlderBlock), {}, ValueError, "OlderBlock.forward takes no attn_mask.* newer timm"),
         (vit(patch_drop_rate=0.5), {}, ValueError, "patch_drop_rate"),
         (vit(attn_drop_rate=0.1), {}, ValueError, "attn_drop_rate"),
         (vit(), dict(cell_size=0), ValueError, "cell_size"),
