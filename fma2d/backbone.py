@@ -13,7 +13,7 @@ from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoint import check_state_dict, report_loads
+from .checkpoint import report_loads
 from .geometry import check_positive, num_levels
 from .layers import Block, PatchEmbed
 from .modules import FMA2d
@@ -90,6 +90,8 @@ class FMA2DBackbone(nn.Module):
     Raises:
         TypeError, ValueError: for options that do not fit; the message names them.
     """
+
+    loads_strictly = False  # as part of another model
 
     def __init__(
         self,
@@ -267,8 +269,12 @@ class FMA2DBackbone(nn.Module):
             RuntimeError: for keys that are missing (unless `strict` is False) or have another shape; nothing is
                 loaded then.
         """
-        check_state_dict(self, state_dict, optional=None if strict else ".*")
-        return super().load_state_dict(state_dict, strict, assign)
+        # torch tells neither the hooks nor the modules whether a load is strict, and raises when all else is loaded.
+        was_strict, self.loads_strictly = self.loads_strictly, strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self.loads_strictly = was_strict
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
