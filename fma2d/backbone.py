@@ -5,6 +5,7 @@ Four stages at strides 4, 8, 16 and 32 on SegFormer's skeleton (arXiv:2105.15203
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import sqrt
 
 import torch
@@ -168,8 +169,13 @@ class FMA2DBackbone(nn.Module):
         self.num_features = dims[-1]
         # timm before 1.0.21 has no device and dtype here.
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**dd)
-        self.apply(_init_weights)
+        self.apply(partial(_init_weights, needs_reset=False))
         report_loads(self)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Give the weights new start values: those drawn at random and, if `needs_reset`, kernels and norms."""
+        self.apply(partial(_init_weights, needs_reset=needs_reset))
 
     def _per_stage(self, name: str, value) -> tuple:
         stages = len(self.feature_info)
@@ -340,7 +346,7 @@ class FMA2DBackbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _init_weights(module: nn.Module) -> None:
+def _init_weights(module: nn.Module, needs_reset: bool) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -350,6 +356,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0, sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif needs_reset and hasattr(module, "reset_parameters"):
+        module.reset_parameters()
 
 
 def _record_arguments(model: nn.Module, img_size, **settings) -> None:
