@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import report_layer
-from .geometry import check_positive, tiling
+from .checks import MOST_LEVELS, check_bool, check_choice, check_dtype, check_integer, check_positive, check_rate
+from .geometry import tiling
 from .kernels import VARIANTS, adapt_kernels, start_kernels
 from .ops import BACKENDS, multipole_attention, portable
 
@@ -51,8 +52,11 @@ class _FMA(nn.Module):
             ("aggregation", aggregation, AGGREGATIONS),
             ("backend", backend, ("auto", *BACKENDS)),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+            check_choice(name, value, known)
+        for name, value in (("causal", causal), ("share_heads", share_heads), ("qkv_bias", qkv_bias)):
+            check_bool(name, value)
+        check_rate("proj_drop", proj_drop)
+        check_dtype(dtype)
         if causal and variant == "linear":
             raise ValueError("causal needs variant 'loglinear': a summary query would hold later tokens")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
@@ -72,8 +76,7 @@ class _FMA(nn.Module):
         """Raise TypeError or ValueError for settings that this module cannot have."""
         for name, value in (("cell_size", cell_size), ("rank", rank)):
             check_positive(name, value)
-        if not isinstance(levels, int) or isinstance(levels, bool) or levels < 0:
-            raise ValueError(f"levels must be an integer of at least 0, got {levels!r}")
+        check_integer("levels", levels, 0, MOST_LEVELS)
         parts = tiling(rank, self.ndim)
         if self.aggregation == "learned" and any(cell_size % p for p in parts):
             raise ValueError(
@@ -271,6 +274,8 @@ class FMA2d(_FMA):
             device=device,
             dtype=dtype,
         )
+        if export_levels is not None:
+            check_integer("export_levels", export_levels, 0, MOST_LEVELS)
         self.export_levels = export_levels
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -342,6 +347,7 @@ class FMA1d(_FMA):
             device=device,
             dtype=dtype,
         )
+        check_bool("count_bias", count_bias)
         self.count_bias = count_bias
 
     def call_options(self) -> dict:

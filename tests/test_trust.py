@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from timm.models import load_checkpoint
 from torch import nn
 
+import fma2d
 from fma2d import FMA1d, FMA2d
+from fma2d.text import CausalLM
 
 SMALL = dict(dims=(8, 16, 16, 16), depths=(1, 1, 1, 1), head_dim=8, cell_size=4)
 
@@ -129,10 +131,8 @@ def test_init_weights_draws_anew_and_sets_kernels_back():
 def test_what_was_learned_is_never_set_back(made):
     """timm's helper calls `init_non_persistent_buffers` of every module of a model, whatever was done to it before."""
     if made == "converted":
-        from fma2d import convert_attention
-
         model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
-        model = convert_attention(model, cell_size=2, rank=1, levels=2)
+        model = fma2d.convert_attention(model, cell_size=2, rank=1, levels=2)
     else:
         with torch.device("cpu" if made == "as ever" else "meta"):
             model = create()
@@ -191,3 +191,39 @@ def test_parts_wrapped_in_place_take_plain_names():
     model.stages[1] = torch.compile(model.stages[1])
     model.load_state_dict(source.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
+
+
+def around(kind):
+    """A model with the layers of fma2d somewhere in it, and names of weights that are decayed all the same."""
+    if kind == "backbone":
+        return create(), {"stages.0.patch_embed.proj.weight", "head.fc.weight"}
+    if kind == "segmentor":
+        model = nn.ModuleDict(dict(backbone=create(num_classes=0), decoder=nn.Conv2d(16, 3, 1)))
+        return model, {"backbone.stages.1.blocks.0.attn.qkv.weight", "decoder.weight"}
+    if kind == "text":
+        return nn.Sequential(CausalLM(9, 8, 2, 2, cell_size=4, rank=2, context=32)), {"0.embed.weight"}
+    if kind == "parametrised":
+        model = create()
+        nn.utils.parametrize.register_parametrization(layers(model)[0], "kernels", nn.Softplus())
+        return model, {"head.fc.weight"}
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
+    model = nn.ModuleDict(dict(vit=fma2d.convert_attention(vit, cell_size=2, rank=1, levels=2)))
+    return model, {"vit.head.weight", "vit.blocks.0.attn.qkv.weight"}
+
+
+@pytest.mark.parametrize("kind", ["backbone", "segmentor", "text", "parametrised", "vit"])
+def test_no_weight_decay_on_kernels_norms_and_biases(kind):
+    model, decayed = around(kind)
+    groups = fma2d.param_groups(model, 0.05)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
+    found = {name: decay[id(p)] for name, p in model.named_parameters()}
+    spared = {n for n, p in model.named_parameters() if ".kernels" in n or p.dim() == 1 or "_token" in n or "pos_" in n}
+    assert any(".kernels" in n for n in spared) and {n for n, rate in found.items() if rate == 0} == spared
+    assert decayed <= {n for n, rate in found.items() if rate == 0.05}
+
+
+@pytest.mark.parametrize("wrong", ["0.05", True, None, float("nan"), -0.1, torch.tensor(0.1)])
+def test_a_wrong_weight_decay_is_refused(wrong):
+    with pytest.raises((TypeError, ValueError), match="weight_decay"):
+        fma2d.param_groups(nn.Linear(2, 2), wrong)
