@@ -12,7 +12,7 @@ from torch import Tensor
 from .harness import GateError, Task, Work, text_table
 from .records import ROOT, total_mib
 
-# mmsegmentation's own whole mode, and fma2d.tiled with head and argmax in tiles.
+# mmsegmentation's own whole mode, and fma2d.mmseg.tiled with head and argmax in tiles.
 MODES = ("whole", "whole, in tiles")
 MODELS = {
     "fma2d_nano": "configs/ade20k/segformer_fma2d-nano_8xb2-160k_ade20k-512x512.py",
@@ -44,7 +44,7 @@ def build(*, benchmark, name, mode, height, width, batch, device, dtype) -> Work
     from mmseg.utils import register_all_modules
 
     import fma2d.mmseg  # noqa: F401  (registers the backbone, finds mmseg's configs)
-    from fma2d.tiled import segment
+    from fma2d.mmseg.tiled import segment
 
     torch.manual_seed(0)
     register_all_modules(init_default_scope=False)

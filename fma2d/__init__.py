@@ -6,6 +6,7 @@ from .geometry import cover, num_levels
 from .kernels import start_kernels
 from .modules import FMA1d, FMA2d
 from .ops import multipole_attention, why_not
+from .optim import param_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "models",
     "multipole_attention",
     "num_levels",
+    "param_groups",
     "start_kernels",
     "why_not",
 ]

@@ -5,6 +5,7 @@ Four stages at strides 4, 8, 16 and 32 on SegFormer's skeleton (arXiv:2105.15203
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import sqrt
 
 import torch
@@ -13,8 +14,9 @@ from timm.models import checkpoint_seq, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoint import check_state_dict, report_loads
-from .geometry import check_positive, num_levels
+from .checkpoint import report_loads
+from .checks import check_choice, check_dtype, check_integer, check_integers, check_number, check_positive, check_rate
+from .geometry import num_levels
 from .layers import Block, PatchEmbed
 from .modules import FMA2d
 
@@ -91,6 +93,8 @@ class FMA2DBackbone(nn.Module):
         TypeError, ValueError: for options that do not fit; the message names them.
     """
 
+    loads_strictly = False  # as part of another model
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -118,8 +122,21 @@ class FMA2DBackbone(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if len(dims) != len(depths):
+        for name, sizes in (("dims", dims), ("depths", depths)):
+            check_integers(name, sizes)
+            for size in sizes:
+                check_positive(name, size)
+        if not dims or len(dims) != len(depths):
             raise ValueError(f"dims and depths must have a value per stage each, got {dims} and {depths}")
+        check_positive("in_chans", in_chans)
+        _check_head(num_classes, global_pool)
+        rates = dict(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
+        for name, rate in rates.items():
+            check_rate(name, rate)
+        check_number("eps", eps, 0)
+        check_dtype(dtype)
+        if attn_layer is not None and not callable(attn_layer):
+            raise TypeError(f"attn_layer must be a function that makes a layer, got {attn_layer!r}")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)]
         given = dict(
@@ -144,6 +161,9 @@ class FMA2DBackbone(nn.Module):
         head_dims, mlp_ratios = self._per_stage("head_dim", head_dim), self._per_stage("mlp_ratio", mlp_ratio)
         for size in head_dims:
             check_positive("head_dim", size)
+        for dim, ratio in zip(dims, mlp_ratios, strict=True):
+            check_number("mlp_ratio", ratio, 0)
+            check_integer(f"mlp_ratio * {dim}, the hidden channels,", int(ratio * dim), 1)
         drop_paths = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
 
         dd = dict(device=device, dtype=dtype)
@@ -166,8 +186,13 @@ class FMA2DBackbone(nn.Module):
         self.num_features = dims[-1]
         # timm before 1.0.21 has no device and dtype here.
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**dd)
-        self.apply(_init_weights)
+        self.apply(partial(_init_weights, needs_reset=False))
         report_loads(self)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Give the weights new start values: those drawn at random and, if `needs_reset`, kernels and norms."""
+        self.apply(partial(_init_weights, needs_reset=needs_reset))
 
     def _per_stage(self, name: str, value) -> tuple:
         stages = len(self.feature_info)
@@ -179,7 +204,7 @@ class FMA2DBackbone(nn.Module):
     def _grid_levels(self, img_size: int | Sequence[int], stage: int, cell_size: int) -> int:
         """Levels of the grid of a stage at a size in pixels."""
         size = to_2tuple(img_size)
-        if not all(isinstance(n, int) for n in size):
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in size):
             raise TypeError(f"img_size must be an integer or (height, width), got {img_size!r}")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"img_size must be an integer or (height, width) of at least 1, got {img_size}")
@@ -255,6 +280,7 @@ class FMA2DBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        _check_head(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         like = self.stages[0].norm.weight
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
@@ -267,8 +293,23 @@ class FMA2DBackbone(nn.Module):
             RuntimeError: for keys that are missing (unless `strict` is False) or have another shape; nothing is
                 loaded then.
         """
-        check_state_dict(self, state_dict, optional=None if strict else ".*")
-        return super().load_state_dict(state_dict, strict, assign)
+        # torch tells neither the hooks nor the modules whether a load is strict, and raises when all else is loaded.
+        was_strict, self.loads_strictly = self.loads_strictly, strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self.loads_strictly = was_strict
+
+    def _take(self, indices: int | list[int] | None) -> tuple[list[int], int]:
+        """The stages that these indices ask for, and the last of them; see `forward_intermediates`."""
+        stages = len(self.stages)
+        if isinstance(indices, int):
+            check_integer("indices", indices, 1, stages)
+        elif indices is not None:
+            check_integers("indices", indices)
+            for i in indices:
+                check_integer("indices", i, -stages, stages - 1)
+        return feature_take_indices(stages, indices)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
@@ -282,7 +323,7 @@ class FMA2DBackbone(nn.Module):
         Returns:
             The indices of the stages asked for.
         """
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = self._take(indices)
         ends_early = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if ends_early:
@@ -311,7 +352,7 @@ class FMA2DBackbone(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = self._take(indices)
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
@@ -334,7 +375,13 @@ class FMA2DBackbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _init_weights(module: nn.Module) -> None:
+def _check_head(num_classes: int, global_pool: str) -> None:
+    check_integer("num_classes", num_classes, 0)
+    kinds = ("avg", "max", "avgmax", "catavgmax")
+    check_choice("global_pool", global_pool, ("", *kinds, "fast", *(f"fast{kind}" for kind in kinds)))
+
+
+def _init_weights(module: nn.Module, needs_reset: bool) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -344,6 +391,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0, sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif needs_reset and hasattr(module, "reset_parameters"):
+        module.reset_parameters()
 
 
 def _record_arguments(model: nn.Module, img_size, **settings) -> None:

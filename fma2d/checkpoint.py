@@ -107,10 +107,11 @@ def check_state_dict(
 ) -> None:
     """Raise unless a state dict holds all that `model` needs, in its shapes, before anything is loaded.
 
-    Learned kernels need not be there and may have other shapes: modules adapt them.
+    Learned kernels need not be there and may have other shapes: modules adapt them. A model with `report_loads` does
+    this at every load; before that only what is done between reading a file and loading it needs it.
 
     Args:
-        optional: a pattern of the names that may be missing.
+        optional: a pattern of the names, without `prefix`, that may be missing.
         shapes: check shapes too.
         prefix: of the model's names in the state dict.
 
@@ -118,7 +119,11 @@ def check_state_dict(
         RuntimeError: naming the first keys of each kind.
     """
     own = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items() if not name.endswith(".kernels")}
-    missing = [name for name in own if name not in state_dict and not (optional and re.match(optional, name))]
+    missing = [
+        name
+        for name in own
+        if name not in state_dict and not (optional and re.match(optional, name.removeprefix(prefix)))
+    ]
     misshapen = [
         f"{name} ({list(state_dict[name].shape)} in the file, {list(shape)} in the model)"
         for name, shape in own.items()
@@ -162,7 +167,7 @@ def report_loads(model: nn.Module) -> None:
     """Have every load of the model's weights, by whatever road, say in one line what it did.
 
     Misshapen weights are refused before anything is loaded: torch would raise only after the report had counted them as
-    matched, and mmengine never.
+    matched, and mmengine never. So are missing ones where the model's `loads_strictly` is True.
     """
     model._register_load_state_dict_pre_hook(_begin_load, with_module=True)
     model.register_load_state_dict_post_hook(_report_load)
@@ -177,11 +182,25 @@ def report_layer(layer: nn.Module, _) -> None:
 
 def _begin_load(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_) -> None:
     """Hook before a load of `module`, under whatever prefix; its layers need not report then."""
-    check_state_dict(module, state_dict, optional=".*", prefix=prefix)
+    strip_compiled(module, state_dict, prefix)
+    optional = None if getattr(module, "loads_strictly", False) else ".*"
+    check_state_dict(module, state_dict, optional, prefix=prefix)
     module.load_prefix = prefix
     for layer in module.modules():
         if hasattr(layer, "load_notes"):
             layer.is_reported = True
+
+
+def strip_compiled(module: nn.Module, state_dict: dict, prefix: str = "") -> None:
+    """Rename, in place, what was saved from a model that `torch.compile` had wrapped, whole or in parts.
+
+    Its names hold `_orig_mod.`; where it is `module` that has wrapped parts, they get it.
+    """
+    wrapped = {name.replace("_orig_mod.", ""): name for name in module.state_dict() if "_orig_mod." in name}
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        plain = name.removeprefix(prefix).replace("_orig_mod.", "")
+        if (new := prefix + wrapped.get(plain, plain)) != name:
+            state_dict[new] = state_dict.pop(name)
 
 
 def _report_load(module: nn.Module, incompatible) -> None:
@@ -207,7 +226,8 @@ def take_backbone_keys(features: nn.Module, state_dict: dict, prefix: str, *_) -
 
     The classifier and the stages that the extractor does without are left out.
     """
-    own = list(features.state_dict())
+    strip_compiled(features, state_dict, prefix)
+    own = [name.replace("_orig_mod.", "") for name in features.state_dict()]
     place, dot = re.match(r"(.*?)stages([._])\d", own[0]).groups()
     for key in [k for k in state_dict if k.startswith(prefix)]:
         match = re.match(r"(?:stages\.(\d+)|head)\.(.*)", key.removeprefix(prefix))

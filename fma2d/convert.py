@@ -115,8 +115,7 @@ class ViTAttention(FMA2d):
                 aggregation="learned" if levels else "mean",
                 backend=backend,
             )
-        if self.kernels is not None:
-            self.kernels = nn.Parameter(self.start_kernels().to(attn.qkv.weight.device))
+        self._make_kernels(attn.qkv.weight.device)
         self.prefix = prefix
         self.qkv, self.proj, self.proj_drop = attn.qkv, attn.proj, attn.proj_drop
         self.q_norm, self.k_norm = attn.q_norm, attn.k_norm

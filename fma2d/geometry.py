@@ -6,33 +6,38 @@ the children of its parent's neighbours that are not its own neighbours. Every b
 Source: Kang, Tran, De Sterck, arXiv:2310.11960v4, sections 3 and 4, with ragged edges added.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
+
+import torch
+
+from .checks import check_bool, check_integers, check_positive
 
 Grid = tuple[int, ...]
 Span = tuple[int, int]
 
 
-def check_positive(name: str, value, most: int = 2**31 - 1) -> None:
-    """Raise TypeError unless `value` is an integer, ValueError unless it is at least 1 and at most `most`."""
-    if not isinstance(value, int) or value is True or value is False:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}")
-
-
 def check_grid(grid: Grid, cell_size: int) -> None:
     """Raise TypeError or ValueError unless `grid` has 1 to 3 integers of at least 1 and `cell_size` is one."""
     check_positive("cell_size", cell_size)
-    if any(isinstance(extent, (float, str)) for extent in grid):  # not "no int": a compiler's sizes are neither
-        raise TypeError(f"grid must be of integers, got {tuple(grid)}")
+    if not isinstance(grid, Sequence):
+        raise TypeError(f"grid must be a sequence of integers, got {grid!r}")
+    if not torch.jit.is_tracing():  # whose sizes are tensors, as a compiler's are symbols
+        if not all(isinstance(extent, (int, torch.SymInt)) and not isinstance(extent, bool) for extent in grid):
+            raise TypeError(f"grid must be of integers, got {tuple(grid)}")
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"grid must have 1, 2 or 3 axes, got {len(grid)}: {tuple(grid)}")
     if min(grid) < 1:
         raise ValueError(f"grid must have at least one token on every axis, got {tuple(grid)}")
+
+
+def check_token(token: tuple[int, ...], grid: Grid) -> None:
+    """Raise TypeError or ValueError unless `token` is an index into the grid."""
+    check_integers("token", token)
+    if len(token) != len(grid) or not all(0 <= t < extent for t, extent in zip(token, grid, strict=True)):
+        raise ValueError(f"token must be an index into the grid {tuple(grid)}, got {tuple(token)}")
 
 
 def num_levels(grid: Grid, cell_size: int) -> int:
@@ -148,12 +153,13 @@ def cover(
         `(level, cell index, ((start, stop), ...))`, clipped to the grid.
 
     Raises:
+        TypeError: for what is of no integers, a causal that is no bool.
         ValueError: for an empty grid, a cell size below 1, a token outside the grid, causal in more than one dimension.
     """
-    grid, token = tuple(grid), tuple(token)
     levels = num_levels(grid, cell_size)
-    if len(token) != len(grid) or not all(0 <= t < extent for t, extent in zip(token, grid, strict=True)):
-        raise ValueError(f"token must be an index into the grid {grid}, got {token}")
+    check_token(token, grid)
+    check_bool("causal", causal)
+    grid, token = tuple(grid), tuple(token)
     if causal and len(grid) != 1:
         raise ValueError(f"causal needs a grid of one axis, got {grid}")
 

@@ -14,7 +14,8 @@ from math import log2
 import torch
 from torch import Tensor
 
-from .geometry import Grid, cell_side, check_positive, subcell_counts, subcell_overlaps, tiling
+from .checks import MOST_LEVELS, check_choice, check_dtype, check_positive
+from .geometry import Grid, cell_side, subcell_counts, subcell_overlaps, tiling
 
 VARIANTS = ("linear", "loglinear")
 
@@ -56,6 +57,8 @@ def start_kernels(
     sizes = dict(level=level, cell_size=cell_size, rank=rank, ndim=ndim, heads=heads, head_dim=head_dim)
     for name, value in sizes.items():
         check_positive(name, value)
+    check_positive("level", level, MOST_LEVELS)
+    check_dtype(dtype)
     if ndim > 3:
         raise ValueError(f"ndim must be 1, 2 or 3, got {ndim}")
     check_variant(variant)
@@ -76,10 +79,7 @@ def start_kernels(
 
 def check_variant(variant: str) -> None:
     """Raise TypeError or ValueError unless `variant` is one of `VARIANTS`."""
-    if not isinstance(variant, str):
-        raise TypeError(f"variant must be one of {VARIANTS}, got {variant!r}")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
+    check_choice("variant", variant, VARIANTS)
 
 
 def level_kernels(stacks: Sequence[Tensor], level: int) -> Tensor | None:

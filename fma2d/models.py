@@ -14,7 +14,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .backbone import FMA2DBackbone
-from .checkpoint import check_state_dict, logger, report_loads, take_backbone_keys
+from .checkpoint import check_state_dict, logger, report_loads, strip_compiled, take_backbone_keys
 
 WEIGHTS = Path(__file__).parent / "weights"
 ARCHS = {
@@ -143,7 +143,8 @@ def _create(
 
 
 def _check_file(state_dict: dict[str, Tensor], model: FMA2DBackbone, has_head: bool) -> dict[str, Tensor]:
-    """Check a file before timm adapts it to another number of channels or classes and loads what is left."""
+    """Check the names in a file before timm adapts it to other channels or classes and loads, loosely, what is left."""
+    strip_compiled(model, state_dict)
     check_state_dict(model, state_dict, optional=r"head\.", shapes=False)
     stored, expected = state_dict.get("head.fc.weight"), model.pretrained_cfg["num_classes"]
     if has_head and stored is not None and model.num_classes not in (0, expected):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import report_layer
-from .geometry import check_positive, tiling
+from .checks import MOST_LEVELS, check_bool, check_choice, check_dtype, check_integer, check_positive, check_rate
+from .geometry import tiling
 from .kernels import VARIANTS, adapt_kernels, start_kernels
 from .ops import BACKENDS, multipole_attention, portable
 
@@ -51,8 +52,11 @@ class _FMA(nn.Module):
             ("aggregation", aggregation, AGGREGATIONS),
             ("backend", backend, ("auto", *BACKENDS)),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+            check_choice(name, value, known)
+        for name, value in (("causal", causal), ("share_heads", share_heads), ("qkv_bias", qkv_bias)):
+            check_bool(name, value)
+        check_rate("proj_drop", proj_drop)
+        check_dtype(dtype)
         if causal and variant == "linear":
             raise ValueError("causal needs variant 'loglinear': a summary query would hold later tokens")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
@@ -62,7 +66,7 @@ class _FMA(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.kernels = nn.Parameter(self.start_kernels(device, dtype)) if self.learns_kernels else None
+        self._make_kernels(device, dtype)
         # What the last load_state_dict did to the kernels, beyond copying them: "initialised", "adapted", "dropped".
         self.load_notes: dict[str, str] = {}
         self.is_reported = False  # whether a model around it tells of them
@@ -72,8 +76,7 @@ class _FMA(nn.Module):
         """Raise TypeError or ValueError for settings that this module cannot have."""
         for name, value in (("cell_size", cell_size), ("rank", rank)):
             check_positive(name, value)
-        if not isinstance(levels, int) or isinstance(levels, bool) or levels < 0:
-            raise ValueError(f"levels must be an integer of at least 0, got {levels!r}")
+        check_integer("levels", levels, 0, MOST_LEVELS)
         parts = tiling(rank, self.ndim)
         if self.aggregation == "learned" and any(cell_size % p for p in parts):
             raise ValueError(
@@ -96,6 +99,39 @@ class _FMA(nn.Module):
         level = start_kernels(*sizes, variant=self.variant, bins=self.cell_size, dtype=dtype, device=device)
         return level.expand(self.levels, *level.shape).clone()
 
+    def _make_kernels(self, device=None, dtype=None) -> None:
+        """Make the parameter `kernels`, at the start value, or set it to None where nothing is learned."""
+        self.kernels = nn.Parameter(self.start_kernels(device, dtype)) if self.learns_kernels else None
+        # Made without memory: whatever gives it some must give it its value too.
+        self.is_empty = self.kernels is not None and self.kernels.is_meta
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the kernels back to their start value, where they are; the projections reset themselves."""
+        if self.kernels is None:
+            return
+        start = self.start_kernels(self.kernels.device, self.kernels.dtype)
+        if hasattr(self.kernels, "placements"):  # sharded by FSDP2: every process has its part of what all can compute
+            from torch.distributed.tensor import distribute_tensor
+
+            start = distribute_tensor(start, self.kernels.device_mesh, self.kernels.placements)
+        self.kernels.copy_(start)
+        self.is_empty = self.kernels.is_meta
+
+    def init_non_persistent_buffers(self) -> None:
+        """Give kernels that were made without memory, and not loaded since, their start value.
+
+        timm and transformers call this, by this name, on modules that they filled without `load_state_dict`.
+        """
+        if self.is_empty and not getattr(self.kernels, "_is_hf_initialized", False):
+            self.reset_parameters()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.is_empty and self.kernels is not None and not self.kernels.is_meta:  # after `to_empty`
+            self.reset_parameters()
+        return self
+
     def change_cells(self, cell_size: int | None = None, rank: int | None = None, levels: int | None = None) -> None:
         """Change settings (None: as it is); learned kernels are carried over as from a checkpoint.
 
@@ -110,14 +146,13 @@ class _FMA(nn.Module):
             self.rank if rank is None else rank,
             self.levels if levels is None else levels,
         )
-        if not self.learns_kernels:
-            self.kernels = None
-            return
         like = self.qkv.weight if old is None else old
-        kernels = self.start_kernels(like.device, like.dtype)
+        self._make_kernels(like.device, like.dtype)
+        if self.kernels is None:
+            return
+        self.kernels.requires_grad_(like.requires_grad)
         if old is not None:
-            kernels = adapt_kernels(old.detach(), kernels)[0]
-        self.kernels = nn.Parameter(kernels, requires_grad=like.requires_grad)
+            self.kernels.data = adapt_kernels(old.detach(), self.kernels.detach())[0]
 
     def call_options(self) -> dict:
         """Keyword arguments of `multipole_attention`, the learned kernels among them."""
@@ -151,6 +186,12 @@ class _FMA(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         self.load_notes = {}
+        if (
+            self.kernels is not None and "kernels" not in self._parameters
+        ):  # parametrised: its parts are loaded as they are
+            return super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+            )
         name = prefix + "kernels"
         stored = state_dict.pop(name, None)
         if self.kernels is None:
@@ -168,6 +209,8 @@ class _FMA(nn.Module):
                 errors.append(f"{name}: {error}")
                 state_dict[name] = self.kernels.detach()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        if name in state_dict and self.kernels is not None:
+            self.is_empty = self.kernels.is_meta
 
     def extra_repr(self) -> str:
         return (
@@ -231,6 +274,8 @@ class FMA2d(_FMA):
             device=device,
             dtype=dtype,
         )
+        if export_levels is not None:
+            check_integer("export_levels", export_levels, 0, MOST_LEVELS)
         self.export_levels = export_levels
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -302,6 +347,7 @@ class FMA1d(_FMA):
             device=device,
             dtype=dtype,
         )
+        check_bool("count_bias", count_bias)
         self.count_bias = count_bias
 
     def call_options(self) -> dict:

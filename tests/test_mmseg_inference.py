@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import fma2d.mmseg  # noqa: F401  (registers the backbone)
 from benchmarks import records
-from fma2d.tiled import resize_part, segment, source_range
+from fma2d.mmseg.tiled import resize_part, segment, source_range
 from tools import make_scenes, predict
 
 

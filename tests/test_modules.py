@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from fma2d import FMA1d, FMA2d, start_kernels
-from fma2d.kernels import resample_bins, share_parts
 from fma2d.geometry import count_pairs, tiling
+from fma2d.kernels import resample_bins, share_parts
 
 
 def perturb(module):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fma2d.ops.call import Call, Options
 from matplotlib.patches import Rectangle
 
 from fma2d import FMA1d, FMA2d, cover
 from fma2d.baselines import DenseAttention
 from fma2d.ops import reference
+from fma2d.ops.call import Call, Options
 from fma2d.text.attention import Attention
 from fma2d.visualize import attention_map, draw_attention, draw_cover, model_attention_map
 

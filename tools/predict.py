@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fma2d.mmseg import CheckpointError, load_model
-from fma2d.tiled import segment, smallest_integer
+from fma2d.mmseg.tiled import segment, smallest_integer
 from tools.arguments import device, positive, share
 from tools.check_dataset import first_line, too_large
 from tools.config_names import check_inference
@@ -56,7 +56,7 @@ class Predictor:
         checkpoint: weights of its whole model.
         mode: "whole", in tiles of the result so that any size fits, or "slide", mmsegmentation's sliding window.
         full_size: leave out the resizing of the config's test pipeline.
-        tile: of the whole mode, see `fma2d.tiled.segment`.
+        tile: of the whole mode, see `fma2d.mmseg.tiled.segment`.
         device: cpu, cuda or cuda:N.
     """
 

@@ -72,8 +72,9 @@ def multipole_attention(
     transformed = _is_transformed([q, k, v, *stacks])
     if transformed and backend == "triton":
         raise RuntimeError("backend 'triton' cannot run this call: torch.func and forward mode need backend 'torch'")
-    # Its lse would have no derivative, its kernels no transforms: these calls go on.
-    if call.dense and not return_lse and not transformed and backend != "reference":
+    # Its lse would have no derivative, its kernels no transforms, and what is compiled for open sizes has no branches.
+    is_open = any(isinstance(n, torch.SymInt) for n in call.grid)
+    if backend != "reference" and not (return_lse or transformed or is_open) and call.dense:
         return dense.attention(call)
     if backend == "reference":
         attention = reference.attention
@@ -82,8 +83,6 @@ def multipole_attention(
     else:
         if backend == "auto":
             backend = "triton" if q.device.type == "cuda" and _why_not_triton(q) is None else "torch"
-        if call.dense:
-            backend = "torch"  # the kernels are of coarse levels
         out, lse = library.multipole_attention(q, k, v, stacks, key_mask, *call.options, backend)
         return (out, lse) if return_lse else out
     with torch.autocast(q.device.type, enabled=False):

@@ -23,10 +23,10 @@ BACKENDS = {"torch": ".torch_backend", "triton": ".triton_backend"}
 def _run(step: str, q: Tensor, k: Tensor, v: Tensor, kernels, key_mask, settings, *others):
     """Run a backend's `forward` or `backward`, without autograd and with autocast's hands off."""
     *settings, backend = settings
-    module = import_module(BACKENDS[backend], __package__)
+    call = Call(q, k, v, kernels or [], key_mask, Options(*settings))  # AOTInductor hands an empty list over as None
+    module = import_module(BACKENDS["torch" if call.dense else backend], __package__)  # the kernels need a coarse level
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        # AOTInductor hands an empty list over as None.
-        return getattr(module, step)(Call(q, k, v, kernels or [], key_mask, Options(*settings)), *others)
+        return getattr(module, step)(call, *others)
 
 
 @torch.library.custom_op(

@@ -256,6 +256,7 @@ def _spread(d: Tensor, size: int, into: list[Tensor]) -> None:
 
 
 @lru_cache
+@torch.inference_mode(False)  # what is kept serves calls of every mode
 def _cut_cell(
     extent: int, side: int, size: int, parts: tuple[int, ...], axis: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

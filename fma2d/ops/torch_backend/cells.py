@@ -61,6 +61,7 @@ class Relation(NamedTuple):
 
 
 @lru_cache(maxsize=24)
+@torch.inference_mode(False)  # what is kept serves calls of every mode
 def _pattern(relation: Relation, spans: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     seen = next_to = None
     for axis, (q0, q1, k0, k1) in enumerate(spans):

@@ -1,45 +1,17 @@
-"""FMA2D as a backbone of mmsegmentation, mmdetection and whatever else builds models from mmengine's registry.
-
-A config needs `custom_imports = dict(imports=["fma2d.mmseg"])`. That registers the backbone `FMA2D`, and lets every
-place that takes a checkpoint (`init_cfg`, `load_from`, `init_model`) take a safetensors file too. A program that reads
-this project's configs imports it first: see `MODULE2PACKAGE` below.
-"""
+"""The backbone `FMA2D` in mmengine's registry."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from importlib import metadata
-from pathlib import Path
-from pickle import UnpicklingError
-from textwrap import shorten
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-import torch
-from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
-from mmengine.registry import HOOKS, MODELS
-from mmengine.runner import Runner
-from mmengine.runner import checkpoint as runner_checkpoint
-from mmengine.runner.checkpoint import CheckpointLoader
-from safetensors import safe_open
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .backbone import FMA2DBackbone
-from .checkpoint import check_state_dict, describe
-from .models import ARCHS
-
-# mmengine finds `_base_ = ["mmseg::..."]` by the distribution, which the maintained continuation has renamed; a name
-# that is no distribution it looks up as a module.
-try:
-    metadata.distribution(MODULE2PACKAGE["mmseg"])
-except metadata.PackageNotFoundError:
-    MODULE2PACKAGE["mmseg"] = "mmseg"
-
-
-class CheckpointError(RuntimeError, ValueError):
-    """A file of weights that is not there, cannot be read or does not fit the model; its text says why, in one line."""
+from ..backbone import FMA2DBackbone
+from ..checkpoint import check_state_dict, strip_compiled
+from ..models import ARCHS
+from .checkpoints import CheckpointError, fitting, one_line, read_weights
 
 
 @MODELS.register_module()
@@ -74,7 +46,7 @@ class FMA2D(FMA2DBackbone, BaseModule):
             alone may lack weights.
     """
 
-    may_lack = False
+    loads_strictly = True
 
     def __init__(
         self,
@@ -122,22 +94,14 @@ class FMA2D(FMA2DBackbone, BaseModule):
         self.stages[: max(0, self.frozen_stages)].eval()
         return self
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        self.may_lack = not strict
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self.may_lack = False
-
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # mmengine loads models loosely (`load_from`, resume, `init_model`), past `load_state_dict` and by here.
         try:
-            if not self.may_lack:
+            if self.loads_strictly:
                 check_layout(self, state_dict, prefix)
-                check_state_dict(self, state_dict, prefix=prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args)
         except RuntimeError as error:
             raise CheckpointError(one_line(error)) from None
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def init_weights(self) -> None:
         init_cfg = self.init_cfg
@@ -145,7 +109,7 @@ class FMA2D(FMA2DBackbone, BaseModule):
         pretrained = [cfg for cfg in given if cfg.get("type") in ("Pretrained", PretrainedInit)]
         if not pretrained or len(pretrained) < len(given):
             self.init_cfg = [cfg for cfg in given if cfg not in pretrained]
-            super().init_weights()
+            BaseModule.init_weights(self)
             self.init_cfg = init_cfg
         for cfg in pretrained:  # not by mmengine, which takes any file and leaves as it was what the file has not
             self.load_pretrained(**{name: value for name, value in cfg.items() if name != "type"})
@@ -164,7 +128,6 @@ class FMA2D(FMA2DBackbone, BaseModule):
         if not built:
             raise CheckpointError(f"{checkpoint} has no weights of an FMA2D backbone (names that start with 'stages.')")
         with fitting(checkpoint):
-            check_layout(self, built)
             self.load_state_dict(built)
         left_out = {".".join(name.split(".")[:2]) for name in state.keys() - built.keys()}
         note = f", left out: {', '.join(sorted(left_out))}" if left_out else ""
@@ -185,8 +148,9 @@ def layout(state: Mapping[str, Tensor], prefix: str, stages: int) -> str:
     return f"no known arch ({text})"
 
 
-def check_layout(backbone: FMA2D, state: Mapping[str, Tensor], prefix: str = "") -> None:
+def check_layout(backbone: FMA2D, state: dict[str, Tensor], prefix: str = "") -> None:
     """Raise RuntimeError if there are weights of another arch than the backbone's: it tells more than names alone."""
+    strip_compiled(backbone, state, prefix)
     if not any(name.startswith(prefix) for name in state):
         return
     stages = len(backbone.stages)
@@ -199,62 +163,6 @@ def check_layout(backbone: FMA2D, state: Mapping[str, Tensor], prefix: str = "")
     except RuntimeError as error:
         raise RuntimeError(f"{problem}: {error}") from None
     raise RuntimeError(problem)
-
-
-@contextmanager
-def fitting(filename: str) -> Iterator[None]:
-    """Turn what the loading of weights from a file raises into a `CheckpointError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise CheckpointError(f"{filename} does not fit: {one_line(error)}") from None
-
-
-@CheckpointLoader.register_scheme(prefixes=r".*\.safetensors$")
-def load_from_safetensors(filename: str, map_location: str | None = None) -> dict:
-    """A safetensors file as mmengine's checkpoints are: `state_dict`, and its metadata as `meta`."""
-    with safe_open(filename, "pt", device=str(map_location or "cpu")) as file:
-        names = file.keys()  # the file itself cannot be iterated over
-        return dict(state_dict={name: file.get_tensor(name) for name in names}, meta=file.metadata() or {})
-
-
-def load_tensors(filename: str, map_location: str):
-    """A file of torch.save under `weights_only=True`, where mmengine would run its code; a log's history is allowed."""
-    allowed = [*getattr(runner_checkpoint, "get_torch_safe_globals", list)(), HistoryBuffer]
-    safe_globals = getattr(torch.serialization, "safe_globals", lambda _: nullcontext())  # from torch 2.5 on
-    with safe_globals(allowed):
-        return torch.load(filename, map_location=map_location, weights_only=True)
-
-
-def read_weights(filename: str, map_location: str = "cpu") -> dict[str, Tensor]:
-    """The state dict in a file, out of what it may be wrapped in; weights averaged beside it (EMA) are not taken.
-
-    Raises:
-        CheckpointError: if the file is not there or none of weights.
-    """
-    is_pickle = Path(filename).is_file() and not filename.endswith(".safetensors")
-    try:
-        checkpoint = (load_tensors if is_pickle else CheckpointLoader.load_checkpoint)(filename, map_location)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {filename} to take weights from") from None
-    except UnpicklingError:
-        raise CheckpointError(
-            f"{filename} is not a checkpoint of tensors and plain values; what else a file holds could run code, so it "
-            "is not loaded"
-        ) from None
-    except Exception as error:  # whatever unpickling a foreign file raises
-        raise CheckpointError(f"{filename} is not a checkpoint: {one_line(error)}") from None
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{filename} holds no state dict but a {type(checkpoint).__name__}")
-    for wrapper in ("state_dict", "model"):
-        if isinstance(checkpoint.get(wrapper), dict):
-            checkpoint = checkpoint[wrapper]
-    return {name.removeprefix("module."): weight for name, weight in checkpoint.items()}
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, or its name if it says nothing; torch may name each weight on a line of its own."""
-    return shorten(str(error) or type(error).__name__, 600)
 
 
 def load_model(model: nn.Module, filename: str) -> None:
@@ -271,40 +179,3 @@ def load_model(model: nn.Module, filename: str) -> None:
             check_layout(model.backbone, state, "backbone.")
         check_state_dict(model, state)
         model.load_state_dict(state)
-
-
-@HOOKS.register_module()
-class PlainCheckpoints(Hook):
-    """Has mmengine write checkpoints that load under `weights_only=True` and tell the model's settings.
-
-    numpy's values become Python's own types and the log's history tensors; resuming with this hook restores the
-    history, without it the history is dropped. `meta["fma2d"]` holds what the metadata of `save_checkpoint` does.
-    """
-
-    priority = "LOWEST"  # comes after the hooks that add something
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        checkpoint["meta"]["fma2d"] = describe(runner.model)
-        for name in checkpoint:
-            if not name.endswith("state_dict"):  # tensors already, and torch's notes with them
-                checkpoint[name] = plain(checkpoint[name])
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if isinstance(hub := checkpoint.get("message_hub"), dict):
-            for name, value in hub["log_scalars"].items():
-                if isinstance(value, dict):
-                    hub["log_scalars"][name] = HistoryBuffer(*(value[part].cpu().numpy() for part in ("log", "count")))
-
-
-def plain(value):
-    """What `weights_only=True` loads, in place of mmengine's and numpy's types."""
-    if isinstance(value, HistoryBuffer):
-        log, count = value.data
-        return dict(log=torch.from_numpy(log), count=torch.from_numpy(count))
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {name: plain(part) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
-    return value
