@@ -97,7 +97,7 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert "there is no config nowhere.py" in refused(config="nowhere.py")
     assert "--amp needs a CUDA device" in refused("--amp")
     assert "--launcher pytorch is for torchrun" in refused("--launcher", "pytorch")
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work").mkdir(exist_ok=True)
     torch.save(dict(state_dict={}, meta=Path.touch), tmp_path / "work" / "iter_1.pth")  # could run code
     (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "iter_1.pth"))
     assert "could run code" in refused("--resume")
