@@ -1,4 +1,4 @@
-"""Checks of arguments: TypeError for another kind of value, ValueError for one out of range, both naming the argument."""
+"""Checks of arguments: TypeError for another kind of value, ValueError for one out of range; both name the argument."""
 
 from collections.abc import Sequence
 from math import isfinite

@@ -24,9 +24,9 @@ def check_grid(grid: Grid, cell_size: int) -> None:
     check_positive("cell_size", cell_size)
     if not isinstance(grid, Sequence):
         raise TypeError(f"grid must be a sequence of integers, got {grid!r}")
-    if not torch.jit.is_tracing():  # whose sizes are tensors, as a compiler's are symbols
-        if not all(isinstance(extent, (int, torch.SymInt)) and not isinstance(extent, bool) for extent in grid):
-            raise TypeError(f"grid must be of integers, got {tuple(grid)}")
+    integers = all(isinstance(extent, (int, torch.SymInt)) and not isinstance(extent, bool) for extent in grid)
+    if not integers and not torch.jit.is_tracing():  # whose sizes are tensors, as a compiler's are symbols
+        raise TypeError(f"grid must be of integers, got {tuple(grid)}")
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"grid must have 1, 2 or 3 axes, got {len(grid)}: {tuple(grid)}")
     if min(grid) < 1:
