@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
+from numbers import Integral
 
 import torch
 
@@ -24,9 +25,8 @@ def check_grid(grid: Grid, cell_size: int) -> None:
     check_positive("cell_size", cell_size)
     if not isinstance(grid, Sequence):
         raise TypeError(f"grid must be a sequence of integers, got {grid!r}")
-    # Sizes are tensors in a trace, as they are symbols in a compiler.
-    integers = all(isinstance(extent, (int, torch.SymInt)) and not isinstance(extent, bool) for extent in grid)
-    if not integers and not torch.jit.is_tracing():
+    integers = all(isinstance(extent, (Integral, torch.SymInt)) and not isinstance(extent, bool) for extent in grid)
+    if not integers and not torch.jit.is_tracing():  # whose sizes are tensors, as a compiler's are symbols
         raise TypeError(f"grid must be of integers, got {tuple(grid)}")
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"grid must have 1, 2 or 3 axes, got {len(grid)}: {tuple(grid)}")

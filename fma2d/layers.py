@@ -4,6 +4,7 @@ import torch
 from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 # Without gradients, Mix-FFN's hidden features exist for about this many elements at a time; with gradients, of more
@@ -21,7 +22,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
+        if not isinstance(x, Proxy) and x.dim() != 4:  # a proxy has no shape to look at
             raise ValueError(f"x must be images [B, channels, H, W], got {tuple(x.shape)}")
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
@@ -45,7 +46,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
             return self._hidden(x, 0, height)
         if torch.is_grad_enabled():
             x = self.fc1(x)

@@ -136,6 +136,8 @@ def _create(
         model.no_weight_decay = partial(
             set, [name for name, _ in model.named_parameters() if name.endswith(".kernels")]
         )
+        if isinstance(getattr(model, "model", None), FMA2DBackbone):  # timm's getter has no switch of its own
+            model.set_grad_checkpointing = model.model.set_grad_checkpointing
         model._register_load_state_dict_pre_hook(take_backbone_keys, with_module=True)
         if not any(isinstance(m, FMA2DBackbone) for m in model.modules()):
             report_loads(model)

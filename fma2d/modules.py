@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy, wrap
 
 from .checkpoint import report_layer
 from .checks import MOST_LEVELS, check_bool, check_choice, check_dtype, check_integer, check_positive, check_rate
@@ -11,6 +12,7 @@ from .geometry import tiling
 from .kernels import VARIANTS, adapt_kernels, start_kernels
 from .ops import BACKENDS, multipole_attention, portable
 
+wrap("multipole_attention")  # one node of a graph that torch.fx traces
 AGGREGATIONS = ("learned", "mean")
 
 
@@ -167,10 +169,10 @@ class _FMA(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k and v `[B, heads, *grid, head_dim]` of x `[B, *grid, dim]`; views, channels last in memory."""
-        if x.dim() != self.ndim + 2 or x.shape[-1] != self.dim:
+        if not isinstance(x, Proxy) and (x.dim() != self.ndim + 2 or x.shape[-1] != self.dim):
             raise ValueError(f"x must have {self.ndim + 2} axes, the last of {self.dim} channels, got {tuple(x.shape)}")
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return tuple(t.movedim(-2, 1) for t in qkv.unbind(-3))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        return q.movedim(-2, 1), k.movedim(-2, 1), v.movedim(-2, 1)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """`[B, *grid, dim]` to the same; `key_mask` bool, broadcastable to `[B, *grid]`, True where a token exists."""

@@ -252,7 +252,7 @@ def test_a_copied_run_leaves_the_best_checkpoint_of_the_original(scenes, tmp_pat
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_becomes_of_sync_bn_is_said(processes, monkeypatch, capsys):
     """Where it was kept, nothing was said."""
-    cfg = mmseg_runs.read_config(CONFIG)
+    cfg = mmseg_runs.read_config(CONFIG.parents[1] / "ade20k/segformer_fma2d-nano_8xb2-160k_ade20k-512x512.py")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(processes))

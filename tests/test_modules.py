@@ -162,7 +162,7 @@ def test_no_learned_level_on_either_side_is_no_missing_key():
     assert load(FMA2d(16, 2, levels=0), learned) == {"dropped": "2 learned levels"}
     target = perturb(FMA2d(16, 2, levels=2))
     assert load(target, none) == {"initialised": "all kernels"}
-    start = start_kernels(1, 8, 4, 2, 2, 8)
+    start = start_kernels(1, 8, 4, 2, 2, 8, variant="linear")
     assert torch.equal(target.kernels, start.expand_as(target.kernels))
     # With `assign`, new kernels are in the dtype, and on the device, of what was loaded.
     target.load_state_dict(none.to(torch.bfloat16).state_dict(), assign=True)

@@ -227,3 +227,46 @@ def test_no_weight_decay_on_kernels_norms_and_biases(kind):
 def test_a_wrong_weight_decay_is_refused(wrong):
     with pytest.raises((TypeError, ValueError), match="weight_decay"):
         fma2d.param_groups(nn.Linear(2, 2), wrong)
+
+
+def test_checkpointing_of_feature_extractors():
+    """timm's getter, the default, has no switch of its own; a copy must switch its own stages."""
+    model = create(features_only=True)
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    assert all(stage.grad_checkpointing for stage in other.model.stages)
+    assert not any(stage.grad_checkpointing for stage in model.model.stages)
+    other(torch.randn(1, 3, 64, 64))[-1].sum().backward()
+
+
+def test_fx_traces_with_no_module_named_a_leaf():
+    """`create_feature_extractor` of torchvision and quantization by FX stopped at branches on shapes."""
+    model, x = create().eval(), torch.randn(1, 3, 72, 96)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(traced(x[..., :50]), model(x[..., :50]))
+
+
+WRONG = [
+    (lambda v: fma2d.FMA2d(8, 2, levels=1, **v), dict(proj_drop=4), dict(share_heads="no"), dict(qkv_bias=1)),
+    (lambda v: fma2d.FMA2d(8, 2, **dict(levels=1) | v), dict(levels=10**9), dict(levels=1.0), dict(dtype=torch.int64)),
+    (lambda v: fma2d.FMA1d(8, 2, levels=1, **v), dict(causal="no"), dict(count_bias=0), dict(variant=[])),
+    (lambda v: create(**v), dict(drop_path_rate=2), dict(drop_rate=float("nan")), dict(mlp_ratio=-1), dict(eps="x")),
+    (
+        lambda v: create(**v),
+        dict(in_chans=-1),
+        dict(num_classes=True),
+        dict(global_pool="mean"),
+        dict(depths=(1, 0, 1, 1)),
+    ),
+    (lambda v: create(**v), dict(img_size=True), dict(attn_layer="mit"), dict(proj_drop_rate="0.1")),
+    (lambda v: fma2d.num_levels(cell_size=4, **v), dict(grid=20), dict(grid=(None, 20)), dict(grid=(2.0, 3))),
+    (lambda v: fma2d.cover((20, 20), 4, **v), dict(token=5), dict(token=(1.0, 1)), dict(token=("1", 1))),
+]
+
+
+@pytest.mark.parametrize("call, wrong", [(call, wrong) for call, *values in WRONG for wrong in values])
+def test_wrong_arguments_are_named_at_the_call(call, wrong):
+    (name,) = wrong
+    with pytest.raises((TypeError, ValueError), match=name):
+        call(wrong)

@@ -116,8 +116,8 @@ def _summaries(x: Tensor, kernels: Sequence[Tensor], grid: Grid, heads: int, cha
         bins, side = int(weight.shape[-1]), cell_side(level, grid.cell_size)
         factor, block = side // bins // block, side // bins
         if factor > 1:
-            x = F.avg_pool2d(x, factor)
-            exist = None if exist is None else F.avg_pool2d(exist, factor)
+            x = _means(x, factor)
+            exist = None if exist is None else _means(exist, factor)
         found = F.conv2d(x, weight, stride=bins, groups=int(x.shape[1]))
         if exist is not None:
             size = weight.abs()
@@ -126,6 +126,11 @@ def _summaries(x: Tensor, kernels: Sequence[Tensor], grid: Grid, heads: int, cha
         cells.append(found.flatten(2))
     summaries = torch.cat(cells, 2) if len(cells) > 1 else cells[0]
     return summaries.reshape(x.shape[0], int(x.shape[1]) // channels, channels, -1).transpose(-1, -2)
+
+
+def _means(x: Tensor, factor: int) -> Tensor:
+    """Over blocks of `[B, C, H, W]`; not by pooling, into which ONNX's optimizer draws a padding that is too wide."""
+    return x.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor)).mean((-3, -1))
 
 
 def _weights(kernels: Sequence[Tensor], grid: Grid, heads: int, channels: int) -> list[Tensor]:
