@@ -367,6 +367,6 @@ def test_sizes_are_no_reason_to_compile_again():
     """
     counts = of_a_gpu(SPECIALIZATIONS)
     linear = {"coarse_forward", "merge_levels", "collect", "coarse_dq", "coarse_dkdv"}
-    assert all(counts[name] == 1 for name in (linear | {"column_dkdv", "column_sum"})), counts
-    assert all(counts[name] <= 4 for name in ("near_forward", "near_dq", "near_dkdv", "prepare")), counts
+    assert all(counts[name] == 1 for name in (linear | {"column_sum"})), counts
+    assert all(counts[name] <= 4 for name in ("near_forward", "near_dq", "near_dkdv", "column_dkdv", "prepare")), counts
     assert all(count <= 16 for count in counts.values()), counts

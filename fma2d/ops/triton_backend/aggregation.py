@@ -181,8 +181,7 @@ class Aggregation:
         if call.key_mask is not None:
             tokens = [torch.where(call.key_mask[..., None, None], x, 0) for x in tokens]
         made = tuple(
-            torch_aggregation.Aggregation(call, x, [kind], call.key_mask, torch.float32)
-            for kind, x in enumerate(tokens)
+            torch_aggregation.Aggregation(call, x, [kind], torch.float32, learn=True) for kind, x in enumerate(tokens)
         )
         levels = [[of_kind.lattices[n].flatten(1, -3) for n in range(1, self.levels + 1)] for of_kind in made]
         return Kept(torch.stack([torch.cat(x, 1) for x in levels]).to(self.dtype), made=made)
