@@ -259,16 +259,9 @@ class FMA2DBackbone(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stages\.0\.patch_embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.patch_embed", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99999,)),
-            ],
-        )
+        stage = r"^stages\.(\d+)"
+        parts = [(stage + r"\.patch_embed", (0,)), (stage + r"\.blocks\.(\d+)", None), (stage + r"\.norm", (99999,))]
+        return dict(stem=r"^stages\.0\.patch_embed", blocks=stage if coarse else parts)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
