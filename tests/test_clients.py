@@ -198,4 +198,4 @@ def test_other_counters_miss_the_attention_and_nothing_else(count):
     whole = counter.get_total_flops()
     attention = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "fma2d" in str(op))
     assert attention > 0
-    assert 2 * count(nano(), x) == pytest.approx(whole - attention, rel=0.03)
+    assert 2 * float(count(nano(), x)) == pytest.approx(whole - attention, rel=0.03)
