@@ -1,10 +1,11 @@
 """A call of the operator: what it asks for, checked, the same for every backend."""
 
 from collections.abc import Sequence
+from functools import reduce
 from sys import float_info
 from typing import NamedTuple
 
-from torch import Tensor, bfloat16, bool, float16, float32, float64, strided
+from torch import Tensor, bfloat16, bool, float16, float32, float64, strided, sym_max
 
 from ..geometry import cell_side, check_grid, check_positive, num_levels
 from ..kernels import check_variant, num_kinds
@@ -59,8 +60,9 @@ class Call(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether there are no coarse levels. Under a tracer, sizes are tensors."""
-        return all(int(n) <= 2 * self.options.cell_size for n in self.q.shape[2:-1])
+        """Whether there are no coarse levels; of sizes that a compiler leaves open, one condition."""
+        sides = [int(n) if isinstance(n, Tensor) else n for n in self.q.shape[2:-1]]  # tensors, under a tracer
+        return reduce(sym_max, sides) <= 2 * self.options.cell_size
 
     @property
     def linear(self) -> bool:
