@@ -13,6 +13,7 @@ tiles = backend.tiles
 pytestmark = on_a_device
 
 
+@torch.no_grad()
 def of_torch(call, d_lattices):
     """Lattices and gradients by the torch backend, in the dtype of q."""
     kinds = (call.k, call.v, call.q)[: 3 if call.linear else 2]

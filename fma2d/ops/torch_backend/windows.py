@@ -27,6 +27,8 @@ class KeyRows:
         self.arrays, self.bias, self.relation, self.dtype = arrays, bias, relation, dtype
         self.keep = not ordered and not is_followed()
         self.slabs: list[Tensor] = []
+        self.d_slabs: list[Tensor] = []  # their gradients, if asked for
+        self.targets: tuple[Tensor, ...] = ()  # where these go
         self.box: Box | None = None  # that is in the slabs
         self.turns = False  # whether its rows of cells lie at their number modulo 3
 
@@ -40,8 +42,10 @@ class KeyRows:
         if box == self.box:
             return self.slabs
         if self.turns and self.box == (z, slice(y.start - height, y.stop - height), x):
+            self.store(slice(y.start - height, y.start))
             new = slice(y.stop - height, y.stop)
         else:
+            self.close()
             new, k = y, self.arrays[0]
             rows = (z.stop - z.start) * (y.stop - y.start)
             shape = (k.shape[0] * k.shape[4] * cells, self.relation.key_cell[2] * rows)
@@ -71,6 +75,29 @@ class KeyRows:
             bias.zero_()
         else:
             bias.copy_(self.bias[(slice(None), *box)].permute(0, 3, 1, 2)[:, None].expand_as(bias))
+
+    def gradients(self, *targets: Tensor) -> list[Tensor]:
+        """Where to add up the gradients of what `load` gave; a row's go to the targets when it is done."""
+        if not self.d_slabs:
+            self.targets = targets
+            self.d_slabs = [
+                slab.new_zeros(*slab.shape[:-1], x.shape[-1]) for slab, x in zip(self.slabs, targets, strict=True)
+            ]
+        return self.d_slabs
+
+    def store(self, y: slice) -> None:
+        """Add the gradients of rows of keys to the targets, and begin anew."""
+        for target, slab in zip(self.targets, map(self.unflat, self.d_slabs), strict=True):
+            for rows, place in self.places(y):
+                piece = slab[:, :, :, :, place]
+                target[:, self.box[0], rows, self.box[2]] += piece.permute(0, 3, 4, 2, 1, 5)
+                piece.zero_()
+
+    def close(self) -> None:
+        """Store what is left."""
+        if self.d_slabs:
+            self.store(self.box[1])
+        self.targets, self.d_slabs = (), []
 
     def unflat(self, slab: Tensor) -> Tensor:
         """`[B, heads, X, Z, Y, channels]` of the box in a flat slab."""
@@ -171,7 +198,7 @@ class Window:
         delta, d_out = (self._slab(x) for x in (delta[..., None], d_out))
         channels, keys = d_out.shape[-1], slabs[0].shape[1]
         d_q = q.new_empty(d_out.shape)
-        d_slabs = [slab.new_zeros(*slab.shape[:-1], channels) for slab in slabs]
+        d_slabs = self.keys.gradients(d_k, d_v)
         for run, seen in self._runs(q.shape[1], k.shape[1]):
             weights, d_scores = attend_backward(
                 q[run], k[seen], v[seen], self._adjust, lse[run], delta[run], d_out[run]
@@ -182,10 +209,6 @@ class Window:
                 columns, cells = slice(part * keys, (part + 1) * keys), slice(seen.start + part, seen.stop + part)
                 d_slabs[0][cells].baddbmm_(d_scores[..., columns].mT, q[run, :, :channels])
                 d_slabs[1][cells].baddbmm_(weights[..., columns].mT, d_out[run])
-        z, y, x = self.key_box
-        for target, slab in zip((d_k, d_v), map(self.keys.unflat, d_slabs), strict=True):
-            for rows, place in self.keys.places(y):
-                target[:, z, rows, x] += slab[:, :, :, :, place].permute(0, 3, 4, 2, 1, 5)
         return self._give(d_q.mul_(self.scale))
 
 
@@ -215,3 +238,4 @@ def windows(
                     y = slice(first, min(stop, first + size))
                     key_box = (key_z, relation.keys_of(1, y, key_extents[1]), key_x)
                     yield Window(q, keys, (z, y, x), key_box, scale)
+        keys.close()
