@@ -10,6 +10,7 @@ operations, which is how the second derivative is had (`library.py`).
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -238,22 +239,12 @@ class _Run:
             sizes = zip(start, (cell, step, wide), (depth, height, width), strict=True)
             yield tuple(slice(n, min(extent, n + size)) for n, size, extent in sizes)
 
-    def _entry(self, position, axis: int, level: int):
-        """Along an axis, where the coarser level's state has the sub-cell of a position of this one."""
-        axis -= 3 - len(self.call.grid)
-        if axis < 0:
-            return position
-        if level:
-            return position // 2
-        size, p = self.call.options.cell_size, self.parts[axis]
-        return position // size * p + (2 * (position % size) + 1) * p // (2 * size)
-
     def _entries(self, level: int, box: Box) -> Iterator[tuple[Tensor, slice]]:
-        """Of each axis of a box, the entries of its positions, and all of them."""
-        for axis, span in enumerate(box):
-            position = torch.arange(span.start, span.stop, device=self.call.q.device)
-            first, last = (self._entry(n, axis, level) for n in (span.start, span.stop - 1))
-            yield self._entry(position, axis, level) - first, slice(first, last + 1)
+        """Of each axis of a box, where the coarser level's state has the sub-cells of its positions."""
+        sizes = self._axes(2 if level else self.call.options.cell_size)
+        parts = self._axes(1 if level else self.parts)
+        for span, size, p in zip(box, sizes, parts, strict=True):
+            yield _entries(span.start, span.stop, size, p, self.call.q.device)
 
     def _own(self, x: Tensor, level: int, box: Box) -> Tensor:
         """What the positions of a box go on from."""
@@ -276,3 +267,11 @@ class _Run:
                 d = torch.bmm(own.expand(len(d), -1, -1), d)
                 d = d.reshape(*shape[:axis], len(own), *shape[axis + 1 :])
         total[(slice(None), *spans)] += d
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept serves calls of every mode
+def _entries(start: int, stop: int, size: int, p: int, device: torch.device) -> tuple[Tensor, slice]:
+    """Of positions in cells of `size` that are divided into p: the sub-cells, from the first on, and all of them."""
+    entries = [n // size * p + (2 * (n % size) + 1) * p // (2 * size) for n in range(start, stop)]
+    return torch.tensor(entries, device=device) - entries[0], slice(entries[0], entries[-1] + 1)

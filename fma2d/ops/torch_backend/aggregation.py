@@ -20,7 +20,7 @@ from ..call import Call
 from .cells import followed
 
 # Block sums are taken in pieces of about this many elements.
-PIECE = 1 << 21
+PIECE = 3 << 19
 # Kernels are written out for up to this many positions side by side: short inner loops cost most.
 BESIDE = 8
 
@@ -66,6 +66,8 @@ class Aggregation:
             self.sums.update(zip(larger, joined, strict=False))
             lattices = (x.unflatten(-1, tokens.shape[-2:]) for x in joined[len(larger) :])
             self.lattices.update(zip(self.users[size], lattices, strict=True))
+            if not learn:
+                del self.sums[size]
 
     def _side(self, level: int) -> int:
         return cell_side(level, self.call.options.cell_size)
@@ -156,16 +158,18 @@ class Aggregation:
         return lattice.clone(memory_format=torch.contiguous_format).flatten(0, ndim - 1)
 
     def down(self, d_lattices: dict[int, Tensor], d_tokens: list[Tensor]) -> list[Tensor]:
-        """Add the gradients of the lattices to those of the tokens; return those of the stacks of kernels.
+        """Add the gradients of the lattices to those of the tokens; return those of the stacks of kernels. Once only.
 
         Args:
             d_lattices: by level, like `lattices`.
             d_tokens: of each kind, `[B, *grid, heads, head_dim]`.
         """
         d_weights = [torch.zeros_like(w) for w in self.weights]
-        d_sums = {size: torch.zeros_like(self.sums[size]) for size in self.users if size > 1}
+        d_sums: dict[int, Tensor] = {}
         for size in reversed(self.users):
             larger, users = self.larger[size], self.users[size]
+            if size > 1:
+                d_sums[size] = torch.zeros_like(self.sums[size])
             for entries, rows, x in self._pieces(size) if larger or users else ():
                 total = None
                 for n in larger:
@@ -183,6 +187,8 @@ class Aggregation:
                 else:
                     for to, piece in zip(d_tokens, total.chunk(len(d_tokens), -1), strict=True):
                         to[entries, rows] += piece.unflatten(-1, to.shape[-2:])
+            for n in (size, *larger):  # what is done with, so that less is held
+                (self.sums if n == size else d_sums).pop(n)
         if not self.call.kernels:
             return []
         with followed():
