@@ -142,7 +142,8 @@ COMPARED = ("fma2d-torch", "sdpa")
 
 def test_readme_shows_the_operator_benchmark_as_it_was_recorded():
     """The table's rows, from the last result of each; a failure shows the rows to paste."""
-    rows = {(r["name"], r["mode"], int(r["height"])): r for r in latest(read_rows(RESULTS / "operator.csv"))}
+    recorded = (r for r in latest(read_rows(RESULTS / "operator.csv")) if r["variant"] != "loglinear")
+    rows = {(r["name"], r["mode"], int(r["height"])): r for r in recorded}
     expected = [
         readme_row(side, mode, *(rows[name, mode, side] for name in COMPARED))
         for side in (32, 64, 128, 256)
