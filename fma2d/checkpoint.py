@@ -65,14 +65,27 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> st
         The file's sha256; equal weights and metadata give equal files.
 
     Raises:
+        TypeError: for a `model` or a `path` of another kind, and metadata that JSON does not know.
         ValueError: if `path` has another suffix.
+        FileNotFoundError: if there is no such folder.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a path, got {path!r}")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
     model = unwrap_model(model)
     entries = describe(model) | metadata
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
+    texts = {}
+    for name, value in entries.items():
+        try:
+            texts[name] = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metadata {name} must be a string or fit JSON: {error}") from None
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = _sorted_header(save(tensors, metadata=texts))
     write_whole(path, lambda temporary: temporary.write_bytes(data))

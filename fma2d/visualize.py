@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .geometry import Grid, cell_side, cover
+from .backbone import FMA2DBackbone
+from .checks import check_integer, check_integers
+from .geometry import Grid, cell_side, check_token, cover
 from .modules import FMA1d, FMA2d
 from .ops import multipole_attention
 
@@ -32,10 +34,14 @@ def attention_map(module: FMA2d | FMA1d, x: Tensor, token: tuple[int, ...], key_
         `[B, heads, *grid]` in float32 or wider, nonnegative up to rounding; sums to 1 over the grid, to 0 for a query
         that does not exist.
     """
+    if not isinstance(module, FMA2d | FMA1d):
+        raise TypeError(f"module must be an FMA2d or an FMA1d, got {type(module).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() != module.ndim + 2 or x.shape[-1] != module.dim:
+        raise ValueError(f"x must be [B, *grid, {module.dim}] with {module.ndim} grid axes, got {list(x.shape)}")
     grid = x.shape[1:-1]
-    token = tuple(token)
-    if len(token) != len(grid) or not all(0 <= t < n for t, n in zip(token, grid, strict=True)):
-        raise ValueError(f"token must be an index into the grid {tuple(grid)}, got {token}")
+    check_token(token, grid)
     with torch.no_grad():
         q, k, _ = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in module.project(x))
     options = module.call_options() | dict(key_mask=key_mask)
@@ -63,8 +69,17 @@ def model_attention_map(model: nn.Module, image: Tensor, stage: int, block: int,
     Returns:
         `[B, heads, *grid]`, the grid of that stage.
     """
+    if not isinstance(model, FMA2DBackbone):
+        raise TypeError(f"model must be an FMA2D model, got {type(model).__name__}")
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image must be a tensor, got {type(image).__name__}")
+    if image.dim() != 4:
+        raise ValueError(f"image must be [B, channels, H, W], got {list(image.shape)}")
+    check_integer("stage", stage, 0, len(model.stages) - 1)
+    check_integer("block", block, 0, len(model.stages[stage].blocks) - 1)
+    check_integers("point", point)
     height, width = image.shape[-2:]
-    if not (0 <= point[0] < height and 0 <= point[1] < width):
+    if len(point) != 2 or not (0 <= point[0] < height and 0 <= point[1] < width):
         raise ValueError(f"point must be a row and a column of the image {height} x {width}, got {point}")
     module = model.stages[stage].blocks[block].attn
     if not isinstance(module, FMA2d):
@@ -114,6 +129,8 @@ def draw_cover(
     if ax is None:
         ax = _new_axes(10, 2) if strip else _new_axes(7, 7 * height / width + 1)
     if photo is not None:
+        if strip:
+            raise ValueError("photo must be None where the grid has one axis")
         ax.imshow(photo, extent=(0, width, height, 0), cmap="gray")
 
     def edges(bounds):
@@ -165,7 +182,16 @@ def draw_attention(attention: Tensor, photo, point: tuple[int, int], ax: Axes | 
     """
     import numpy as np
 
+    if not isinstance(attention, Tensor):
+        raise TypeError(f"attention must be a tensor, got {type(attention).__name__}")
+    if attention.dim() not in (2, 3):
+        raise ValueError(f"attention must be [H, W] or [heads, H, W], got {list(attention.shape)}")
     photo = np.asarray(photo)
+    if photo.ndim not in (2, 3):
+        raise ValueError(f"photo must be [h, w] or [h, w, 3], got {list(photo.shape)}")
+    check_integers("point", point)
+    if len(point) != 2:
+        raise ValueError(f"point must be a row and a column, got {tuple(point)}")
     height, width = photo.shape[:2]
     if ax is None:
         ax = _new_axes(7, 6 * height / width)

@@ -28,11 +28,11 @@ def check(*arguments, timeout=900):
 
 def test_no_spill_and_no_budget_overrun_in_the_main_configuration(tmp_path):
     path = tmp_path / "report.csv"
-    printed = check("--main", "--only", "d64 r8 p4 256x256 linear", "--arch", "80", "86", "90", "--csv", path)
+    printed = check("--main", "--only", "d64 r8 p4 256x256 linear", "--arch", "86", "90", "--csv", path)
     assert "none at fault" in printed
     lines = path.read_text().splitlines()
     for kernel in ("near_forward", "near_dkdv", "summarise", "product_gradient"):
-        assert {line.split(",")[0] for line in lines if f",{kernel}," in line} == {"sm_80", "sm_86", "sm_90"}
+        assert {line.split(",")[0] for line in lines if f",{kernel}," in line} == {"sm_86", "sm_90"}
 
 
 @pytest.mark.slow
@@ -45,6 +45,7 @@ def test_a_name_that_fits_no_configuration_is_refused():
     assert done.returncode == 2 and "'d65'" in done.stderr
 
 
+@pytest.mark.slow  # the other look at it: tests/test_triton_attention.py, at 50 sizes
 def test_sizes_of_images_cause_no_compilation():
     """Over 16 sizes of three levels each kernel is compiled as often as it has reasons of other kinds.
 

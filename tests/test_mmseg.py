@@ -322,3 +322,16 @@ def test_packaged_bases_are_found_whatever_the_distribution_is_called():
 
     assert fma2d.mmseg.MODULE2PACKAGE["mmseg"] in ("mmseg", "mmsegmentation")
     assert get_config("mmseg::_base_/schedules/schedule_160k.py").train_cfg.max_iters == 160000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(dict(arch=3), dict(arch={}), dict(in_channels="3"), dict(out_indices=3), dict(out_indices=(0, 1.0))),
+        *(dict(frozen_stages="1"), dict(frozen_stages=5), dict(with_cp="no"), dict(dims=(8, 8, 8, 8))),
+    ],
+)
+def test_wrong_arguments_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises((TypeError, ValueError), match=name):
+        fma2d.mmseg.FMA2D(**dict(arch="nano") | wrong)

@@ -133,6 +133,18 @@ def test_training_refuses_in_one_line(scenes, copy, tmp_path, capsys):
     assert not list((tmp_path / "work").glob("*.pth"))
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_bad_picture_that_the_sample_missed_is_named(workers, copy, tmp_path, monkeypatch, capsys):
+    """It was a traceback of the decoder, without the file's name."""
+    monkeypatch.setattr(mmseg_runs, "SAMPLE", 1)
+    pictures = sorted((copy / "images/training").iterdir())
+    for path in pictures[:3] + pictures[4:]:  # the sample draws the one left
+        path.write_bytes(path.read_bytes()[:40])
+    more = {"train_dataloader.num_workers": workers}
+    line = refuse(train, [CONFIG, "--work-dir", tmp_path / "work", *options(copy, **SMALL_RUN | more)], capsys)
+    assert "images/training/ADE_train_0000000" in line and "image that cannot be read" in line
+
+
 @pytest.mark.parametrize("option, value", [("test_dataloader.batchsize", 4), ("test_dataloader.batch_size", -1)])
 def test_testing_refuses_in_one_line(option, value, scenes, tmp_path, capsys):
     """The test's data loader was built in the test itself: a traceback."""

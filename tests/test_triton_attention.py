@@ -109,12 +109,12 @@ SPECIAL = {
     ),
     "levels beyond the learned one, shared heads": (
         True,
-        dict(grid=(3, 37), cell_size=4, rank=2, heads=2, share_heads=True),
+        dict(grid=(3, 17), cell_size=4, rank=2, heads=2, share_heads=True),
     ),
     "several stacks": (False, dict(grid=(3, 37), cell_size=4, rank=2, learned=(1, 1), variant="loglinear")),
     "other bins": (False, dict(grid=(3, 19), cell_size=4, rank=2, bins=2)),
     "one bin": (False, dict(grid=(3, 19), cell_size=4, rank=2, bins=1)),
-    "cells of several tiles": (True, dict(grid=(3, 37), cell_size=12, rank=4, variant="loglinear")),
+    "cells of several tiles": (True, dict(grid=(3, 25), cell_size=12, rank=2, variant="loglinear")),
     "scale zero": (True, dict(grid=(33,), cell_size=8, rank=2, scale=0.0)),
 }
 
@@ -147,13 +147,12 @@ def test_repeats_every_bit(case):
 def test_another_order_of_sums_is_seen(monkeypatch):
     """The twin of the test above: the same sums in pieces of another size differ in the last bits."""
     call = moved(a_call((17, 3), 8, 2))
-    d = [x.to(DEVICE) for x in cotangents(call)]
-    first = of_backend(backend, call, *d)
+    first = backend.forward(call)
     monkeypatch.setattr(tiles, "choose", lambda kernel, *key: tiles.Tile(32, 4, 1, step=16))
     backend._plan.cache_clear()
-    second = of_backend(backend, call, *d)
+    second = backend.forward(call)
     backend._plan.cache_clear()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.slow
@@ -209,7 +208,7 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("variant", ("linear", pytest.param("loglinear", marks=pytest.mark.slow)))
 def test_trains_as_the_reference_does(variant):
-    """Three steps of a layer: the losses agree to 1e-5."""
+    """Two steps of a layer: the losses agree to 1e-5."""
 
     def losses(backend):
         torch.manual_seed(0)
@@ -217,7 +216,7 @@ def test_trains_as_the_reference_does(variant):
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         x, target = torch.randn(2, 1, 9, 3, 8).to(DEVICE)
         found = []
-        for _ in range(3):
+        for _ in range(2):
             optimizer.zero_grad()
             loss = (model(x) - target).square().mean()
             loss.backward()

@@ -10,9 +10,11 @@ from timm.models import load_checkpoint
 from torch import nn
 
 import fma2d
-from fma2d import FMA1d, FMA2d
+from fma2d import FMA1d, FMA2d, visualize
+from fma2d.checkpoint import save_checkpoint
 from fma2d.text import CausalLM
 
+IMAGE = torch.zeros(1, 9, 9, 8)
 SMALL = dict(dims=(8, 16, 16, 16), depths=(1, 1, 1, 1), head_dim=8, cell_size=4)
 
 
@@ -262,6 +264,48 @@ WRONG = [
     (lambda v: create(**v), dict(img_size=True), dict(attn_layer="mit"), dict(proj_drop_rate="0.1")),
     (lambda v: fma2d.num_levels(cell_size=4, **v), dict(grid=20), dict(grid=(None, 20)), dict(grid=(2.0, 3))),
     (lambda v: fma2d.cover((20, 20), 4, **v), dict(token=5), dict(token=(1.0, 1)), dict(token=("1", 1))),
+    (lambda v: CausalLM(9, 8, 1, 1, **v), dict(mlp_ratio="4"), dict(dropout="x"), dict(dropout=1), dict(count_bias=1)),
+    (
+        lambda v: CausalLM(9, 8, 1, 1).generate(torch.ones(1, 3, dtype=torch.int64), 2, **v),
+        dict(temperature=1e-50),
+        dict(temperature=10**400),
+        dict(lengths="4"),
+        dict(lengths={}),
+    ),
+    (lambda v: CausalLM(9, 8, 1, 1)(torch.ones(1, 3, dtype=torch.int64), **v), dict(cache=[])),
+    (
+        lambda v: visualize.attention_map(**dict(module=fma2d.FMA2d(8, 1, levels=0), x=IMAGE, token=(1, 1)) | v),
+        dict(module=nn.Linear(8, 8)),
+        dict(x=[1]),
+        dict(x=IMAGE[0]),
+        dict(token=3),
+        dict(token=(1, 9)),
+    ),
+    (
+        lambda v: visualize.model_attention_map(
+            **dict(model=create(), image=IMAGE.movedim(-1, 1)[:, :3], stage=0, block=0, point=(1, 1)) | v
+        ),
+        dict(model=nn.Identity()),
+        dict(image=IMAGE[0]),
+        dict(stage=4),
+        dict(block=-1),
+        dict(point=(1.5, 1)),
+        dict(point=(1, 1, 1)),
+    ),
+    (
+        lambda v: visualize.draw_attention(**dict(attention=IMAGE[0, ..., 0], photo=IMAGE[0], point=(1, 1)) | v),
+        dict(attention=[1]),
+        dict(attention=IMAGE),
+        dict(photo=3),
+        dict(point=1),
+    ),
+    (
+        lambda v: save_checkpoint(**dict(model=nn.Linear(1, 1), path="nowhere.safetensors") | v),
+        dict(model={}),
+        dict(path=3),
+        dict(path="weights.pth"),
+        dict(metadata={1}),
+    ),
 ]
 
 

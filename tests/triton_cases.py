@@ -1,6 +1,8 @@
 """Where the tests of the Triton kernels run, on a GPU or in Triton's interpreter (`conftest.py`) on the CPU, and calls
 at the boundary that every backend has, held to the reference in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +14,14 @@ triton = pytest.importorskip("triton")
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+if INTERPRETED:
+    # Two thirds of the interpreter's time, and nothing of ours: a look for overflow after every operation of integers,
+    # and the language made ready anew at every call within a kernel. Once is enough.
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter._patch_lang(SimpleNamespace(__globals__=dict(tl=triton.language, core=triton.language.core)))
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 on_a_device = [
     pytest.mark.skipif(

@@ -69,8 +69,8 @@ def say_anything() -> None:
 
 def told(error: Exception) -> str | None:
     """What to say of an error that the user can act on, one line; None for a bug."""
-    if isinstance(error, InputError):
-        return str(error)
+    if isinstance(error, InputError):  # that of a data loader's process is its traceback
+        return str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         distribution = DISTRIBUTIONS.get(package, package)

@@ -22,7 +22,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.utils import register_all_modules
 
 import fma2d.mmseg
-from tools.check_dataset import IGNORED, Report, check_data_sets, data_sets, first_line, occurring
+from tools.check_dataset import IGNORED, Report, check_data_sets, check_pair, data_sets, first_line, occurring
 from tools.config_names import check_config, check_option
 from tools.ending import InputError
 
@@ -179,7 +179,7 @@ def build_runner(cfg: Config, train: bool) -> Runner:
             metric_names(runner.test_loop)
         return runner
     with building("train_dataloader or train_cfg"):
-        _ = runner.train_loop
+        name_bad_files(runner.train_loop.dataloader.dataset)
     with building("val_dataloader, val_cfg or val_evaluator"):
         names = metric_names(runner.val_loop) if runner.val_loop else []
     for hook in runner.hooks:
@@ -196,6 +196,35 @@ def build_runner(cfg: Config, train: bool) -> Runner:
     runner.register_hook(fma2d.mmseg.PlainCheckpoints())
     runner.register_hook(OwnFolder())
     return runner
+
+
+def name_bad_files(dataset) -> None:
+    """Have a pair that cannot be loaded, of the data sets of files in this one, end the training in a line of names."""
+    for part in getattr(dataset, "datasets", [getattr(dataset, "dataset", None)]):
+        if part is not None:
+            name_bad_files(part)
+    if isinstance(dataset, BaseSegDataset):
+        dataset.pipeline = NamedPipeline(dataset)
+
+
+class NamedPipeline:
+    """The pipeline of a data set; what cannot be loaded is an `InputError` that names the file."""
+
+    def __init__(self, dataset: BaseSegDataset):
+        self.pipeline, self.transforms = dataset.pipeline, dataset.pipeline.transforms
+        self.classes = len(dataset.metainfo.get("classes") or ())
+
+    def __call__(self, info: dict) -> dict | None:
+        given = dict(info)
+        try:
+            return self.pipeline(info)
+        except Exception:  # the decoders raise almost anything
+            image, annotation = Path(given["img_path"]), Path(given.get("seg_map_path") or "")
+            loaders = [step for step in self.transforms if type(step).__name__.startswith("Load")]
+            problem = check_pair(image, annotation, self.classes, np.zeros(256, int), loaders, given)
+            if problem is None:
+                raise
+            raise InputError(f"{image} has an {problem}" if problem[0] == "a" else f"{image} is an {problem}") from None
 
 
 class OwnFolder(Hook):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone import FMA2DBackbone
 from ..checkpoint import check_state_dict, strip_compiled
+from ..checks import check_bool, check_integer, check_integers, check_positive
 from ..models import ARCHS
 from .checkpoints import CheckpointError, fitting, one_line, read_weights
 
@@ -63,9 +64,18 @@ class FMA2D(FMA2DBackbone, BaseModule):
             if arch not in ARCHS:
                 raise ValueError(f"arch must be one of {', '.join(ARCHS)} or a dict, got {arch!r}")
             arch = ARCHS[arch]
+        if not isinstance(arch, Mapping):
+            raise TypeError(f"arch must be a name or a dict, got {arch!r}")
+        if lacking := {"dims", "depths", "head_dim"} - arch.keys():
+            raise ValueError(f"arch must have dims, depths and head_dim, lacks {', '.join(sorted(lacking))}")
+        if clash := sorted(arch.keys() & settings.keys()):
+            raise TypeError(f"{', '.join(clash)} cannot be given: arch says it")
+        check_integers("arch dims", arch["dims"])
+        check_positive("in_channels", in_channels)
+        check_bool("with_cp", with_cp)
         stages = len(arch["dims"])
-        if not isinstance(out_indices, Sequence):
-            raise TypeError(f"out_indices must be a sequence of stages, got {out_indices!r}")
+        check_integers("out_indices", out_indices)
+        check_integer("frozen_stages", frozen_stages, -1, stages)
         taken = [i + stages if i < 0 else i for i in out_indices]
         if not taken or taken != sorted(set(taken) & set(range(stages))):
             raise ValueError(
@@ -75,8 +85,6 @@ class FMA2D(FMA2DBackbone, BaseModule):
             raise TypeError("in_chans cannot be given: here it is called in_channels")
         if idle := sorted({"drop_rate", "global_pool", "num_classes"} & settings.keys()):
             raise TypeError(f"{', '.join(idle)} cannot be given: there is no classifier")
-        if not -1 <= frozen_stages <= stages:
-            raise ValueError(f"frozen_stages must be from -1 to {stages}, got {frozen_stages}")
         super().__init__(in_chans=in_channels, num_classes=0, drop_path_rate=drop_path_rate, **arch, **settings)
         self.prune_intermediate_layers(taken)
         self.init_cfg = init_cfg

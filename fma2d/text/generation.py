@@ -39,7 +39,10 @@ def decode(
 
 def prompt_mask(prompt: Tensor, lengths: Tensor) -> Tensor:
     """The mask `[B, N]` of prompts of the given lengths `[B]`; ValueError for lengths that do not fit."""
-    lengths = torch.as_tensor(lengths, device=prompt.device)
+    try:
+        lengths = torch.as_tensor(lengths, device=prompt.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"lengths must be integers, one a row, got {lengths!r}") from None
     if lengths.shape != prompt.shape[:1] or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be an integer for each of the {len(prompt)} rows, got {lengths.tolist()}")
     if lengths.min() < 1 or lengths.max() > prompt.shape[1]:
@@ -51,8 +54,11 @@ def check_sampling(
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, generator: object = None
 ) -> None:
     """Raise ValueError for options that `sample` cannot take."""
-    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a number of at least 0 (0: the likeliest token), got {temperature!r}")
+    most, least = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # logits are divided in float32
+    if not isinstance(temperature, int | float) or not (temperature == 0 or least <= temperature <= most):
+        raise ValueError(
+            f"temperature must be 0 (the likeliest token) or from {least:.1e} to {most:.1e}, got {temperature!r}"
+        )
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k!r}")
     if top_p is not None and (not isinstance(top_p, int | float) or not 0 < top_p <= 1):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import report_loads
-from ..geometry import check_positive
+from ..checks import MOST, check_bool, check_number, check_positive
 from .attention import Attention
 from .cache import Cache, LayerCache
 from .generation import check_sampling, decode, prompt_mask, sample
@@ -77,7 +77,10 @@ class TextModel(nn.Module):
         sizes |= dict(cell_size=cell_size, rank=rank, context=context)
         for name, value in sizes.items():
             check_positive(name, value)
-        if not 0 <= dropout < 1:
+        check_number("dropout", dropout, 0)
+        check_number("mlp_ratio", mlp_ratio, 0, MOST / dim)
+        check_bool("count_bias", count_bias)
+        if dropout >= 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio must leave at least one hidden channel, got {mlp_ratio}")
@@ -147,6 +150,8 @@ class CausalLM(TextModel):
         if cache is None:
             return super().features(ids, key_mask)
         check_ids(ids, key_mask, self.vocab_size)
+        if not isinstance(cache, Cache):
+            raise TypeError(f"cache must be one of new_cache(), got {type(cache).__name__}")
         with torch.no_grad():
             return torch.cat([self._features(*part, cache.layers) for part in cache.steps(ids, key_mask)], 1)
 
