@@ -1,7 +1,7 @@
 # The second part, from the weights of the first: pictures about as large as those of the test.
 _base_ = ["segformer_fma2d-nano_1xb8-12k_camvid-256x256.py"]
-max_iters = 900
-load_from = "work_dirs/segformer_fma2d-nano_1xb8-900_camvid-128x128/iter_900.pth"
+max_iters = 600
+load_from = "work_dirs/segformer_fma2d-nano_1xb8-600_camvid-128x128/iter_600.pth"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
