@@ -15,7 +15,7 @@ CONFIGS = ROOT / "configs" / "camvid"
 FULL = CONFIGS / "segformer_fma2d-nano_1xb8-12k_camvid-256x256.py"
 OTHER = CONFIGS / "segformer_nano-mit_1xb8-12k_camvid-256x256.py"
 FIRST = CONFIGS / "segformer_fma2d-nano_1xb8-600_camvid-128x128.py"
-SECOND = CONFIGS / "segformer_fma2d-nano_1xb4-600_camvid-256x256.py"
+SECOND = CONFIGS / "segformer_fma2d-nano_1xb4-400_camvid-256x256.py"
 VOID = 11
 
 

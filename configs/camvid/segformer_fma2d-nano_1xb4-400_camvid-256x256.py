@@ -1,6 +1,6 @@
 # The second part, from the weights of the first: pictures about as large as those of the test.
 _base_ = ["segformer_fma2d-nano_1xb8-12k_camvid-256x256.py"]
-max_iters = 600
+max_iters = 400
 load_from = "work_dirs/segformer_fma2d-nano_1xb8-600_camvid-128x128/iter_600.pth"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
