@@ -15,7 +15,7 @@ CONFIGS = ROOT / "configs" / "camvid"
 FULL = CONFIGS / "segformer_fma2d-nano_1xb8-12k_camvid-256x256.py"
 OTHER = CONFIGS / "segformer_nano-mit_1xb8-12k_camvid-256x256.py"
 FIRST = CONFIGS / "segformer_fma2d-nano_1xb8-600_camvid-128x128.py"
-SECOND = CONFIGS / "segformer_fma2d-nano_1xb4-400_camvid-256x256.py"
+SECOND = CONFIGS / "segformer_fma2d-nano_1xb4-160_camvid-256x256.py"
 VOID = 11
 
 
@@ -53,6 +53,7 @@ def test_void_counts_nowhere():
     assert crop["ignore_index"] == VOID
 
 
+@pytest.mark.slow
 def test_both_parts_of_the_short_schedule_run_on_the_public_layout(camvid, tmp_path, capsys):
     data = options(camvid, **{"train_dataloader.batch_size": 2, "train_cfg.max_iters": 1, "train_cfg.val_interval": 2})
     first, second = tmp_path / "first", tmp_path / "second"

@@ -1,4 +1,4 @@
-# The first part of a training of half an hour of one core: pictures of half the size, at a quarter of the cost.
+# The first part of a training of a quarter of an hour of one core: pictures of half the size, at a quarter of the cost.
 _base_ = ["segformer_fma2d-nano_1xb8-12k_camvid-256x256.py"]
 crop_size = (128, 128)
 max_iters = 600
