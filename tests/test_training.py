@@ -30,7 +30,9 @@ from tools.training.model import data_config, recipe_model
 from tools.training.recipe import Recipe, differences, make_recipe, read_values
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(ROOT.glob("configs/imagenet/*.yaml")) + sorted(ROOT.glob("configs/digits/*.yaml"))
+CONFIGS = [
+    path for name in ("imagenet", "digits", "tiny_imagenet") for path in sorted(ROOT.glob(f"configs/{name}/*.yaml"))
+]
 
 
 # Resuming.
