@@ -282,7 +282,8 @@ def test_one_process_tells_and_publishes_the_result(scenes, tmp_path, monkeypatc
     arguments += ["--out", str(tmp_path / "out")]
     for is_first in (False, True):
         monkeypatch.setattr(test, "is_main_process", lambda is_first=is_first: is_first)
-        assert test.main([*arguments, *options(scenes)]) == 0
+        # Where the config's training starts was loaded over the checkpoint.
+        assert test.main([*arguments, *options(scenes), f"load_from={tmp_path / 'gone.pth'}"]) == 0
         told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aAcc ")]
         assert len(told) == published.exists() == is_first
     # The files hold what was measured, in the labels of the annotations.

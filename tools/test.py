@@ -104,6 +104,7 @@ def test(args: argparse.Namespace) -> None:
     check_data(cfg, ("test",))
     if args.tta:
         use_tta(cfg)
+    cfg.load_from, cfg.resume = None, False  # where a training starts: the runner would test that
     runner = build_runner(cfg, train=False)
     if args.out:
         parts = files_of(cfg)
