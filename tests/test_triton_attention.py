@@ -196,6 +196,7 @@ def test_a_plan_is_made_once_and_their_number_is_bounded():
     assert (info.hits, info.misses) == (1, 1) and info.maxsize == backend.MOST_PLANS
 
 
+@torch.no_grad()
 def test_empty_batch():
     call = moved(a_call((9, 7), 4, 2))
     call = call._replace(q=call.q[:0], k=call.k[:0], v=call.v[:0])

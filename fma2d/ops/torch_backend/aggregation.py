@@ -266,8 +266,8 @@ def _contract_axis_backward(x: Tensor, weight: Tensor, d: Tensor, d_weight: Tens
     for r in range(1, len(d)) if len(x) == 1 else ():
         d_x.addcmul_(each[r : r + 1], wide[r : r + 1])
     if d_weight is not None:
-        for i, d_bin in enumerate(d_weight):
-            d_bin += (d * x[:, :, i]).view(len(d), shape[1] * shape[3], shape[4]).sum(1)
+        for i in range(len(d_weight)):
+            d_weight[i] += (d * x[:, :, i]).view(len(d), shape[1] * shape[3], shape[4]).sum(1)
     return d_x.view(shape)
 
 
