@@ -39,7 +39,7 @@ def test_every_config_builds_from_a_clean_directory(path, tmp_path, monkeypatch)
     with torch.device("cpu" if "_mit" in path.name else "meta"):
         model = MODELS.build(cfg.model)
     if type(model.backbone) is FMA2D:
-        assert cfg.model.backbone.img_size == crop
+        assert cfg.model.backbone.img_size == tuple(cfg.get("img_size", crop))
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
         undecayed = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
         for name, parameter in model.backbone.named_parameters():

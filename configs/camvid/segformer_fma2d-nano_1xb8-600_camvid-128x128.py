@@ -1,8 +1,9 @@
 # The first part of a training of a quarter of an hour of one core: pictures of half the size, at a quarter of the cost.
 _base_ = ["segformer_fma2d-nano_1xb8-12k_camvid-256x256.py"]
 crop_size = (128, 128)
+img_size = (256, 256)  # whose kernels the second part goes on with
 max_iters = 600
-model = dict(data_preprocessor=dict(size=crop_size))  # kernels stay those of 256 px, which the second part trains on
+model = dict(data_preprocessor=dict(size=crop_size), backbone=dict(img_size=img_size))
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
